@@ -1,0 +1,16 @@
+"""The native core of HY-WU: one edit from pictures and an instruction to pixels, without ComfyUI.
+
+Tensor names end in capital letters, one per axis, in axis order (the key lives here and nowhere else):
+
+    B rows (2 under guidance)   L sequence        D backbone width     H heads        Q head width
+    T routed rows (B*L)         K experts a token E experts            F expert width
+    N backbone layers           R LoRA rank       I / O in / out width of a LoRA target
+    P parameter tokens a layer  C parameter-token width                S condition length   G generator width
+    V vocabulary
+
+Pictures and latents use lower-case axes as in ``pixels_bchw`` and ``latent_bchw``; module parameters keep the names of the
+published checkpoint. Floors (a file imports from floors below its own only)::
+
+    7 cli                        6 edit                       5 sampling, generator
+    4 condition, think, lora     3 handle, backbone, text     2 vision, checkpoint     1 kernels, config, errors, progress
+"""
