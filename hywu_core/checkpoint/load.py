@@ -1,0 +1,168 @@
+"""Stream a checkpoint into a module that was built on ``meta``, without a second copy of the weights.
+
+Owns checking names, shapes and dtypes before a byte is read, giving the module memory, and reading each shard in order of
+offsets straight into the parameters. Where the files' tensors lie is shards.py, where they go is slots.py.
+
+Not ``safetensors.load_file`` and ``load_state_dict``: those hold the mapped pages and the parameters at the same time (twice
+the bytes) and cannot gather the experts of a layer from two shards into one stacked parameter.
+"""
+
+from collections.abc import Iterator
+from io import FileIO
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..progress import Tick, silent
+from .shards import Shards, TensorEntry
+from .slots import slots
+
+# SigLIP2's pooling head: the published backbones carry it, no stage uses it (spec section 1). Any other surplus is an error.
+UNUSED_VISION_HEAD = frozenset("vision_model.head." + name for name in (
+    "probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias",
+    "layernorm.weight", "layernorm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"))
+
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Read and checked piece by piece: small enough to be still in the cache when it is checked or converted.
+CHUNK_BYTES = 8 << 20
+TICK_BYTES = 256 << 20
+MB = 1 << 20
+LISTED = 10
+
+
+@torch.no_grad()
+def load_weights(module: nn.Module, shards: Shards, *, skip: frozenset[str] = frozenset(),
+                 device: torch.device | str = "cpu", on_tick: Tick = silent) -> None:
+    """Fill ``module`` (built on ``meta`` with its final dtypes) with the weights of ``shards``; float dtypes are converted.
+
+    Parameters and persistent buffers get memory on ``device`` and no gradient. ``skip`` names stored tensors that are ignored.
+    ``on_tick`` counts MB, about every 256 MB; what it raises (a cancel) passes through.
+
+    Raises:
+        CheckpointError: names, shapes or dtypes do not match (before a byte is read; all of them listed), a file is shorter
+            than its header says, or a tensor holds NaN or Inf.
+    """
+    refuse_foreign_formats(shards)
+    _check(slots(module), shards, skip)
+    _materialise(module, torch.device(device))
+    places = slots(module)
+    wanted = [(name, entry) for name, entry in shards.entries.items() if name not in skip]
+    wanted.sort(key=lambda item: (item[1].file.name, item[1].offset))
+    total = sum(entry.nbytes for _, entry in wanted)
+    bounce = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    done, ticked = 0, 0
+    on_tick(0, -(-total // MB), None)
+    for file, group in groupby(wanted, key=lambda item: item[1].file):
+        with open(file, "rb", buffering=0) as handle:
+            for name, entry in group:
+                for nbytes in _read_tensor(handle, name, entry, places[name], bounce):
+                    done += nbytes
+                    if done - ticked >= TICK_BYTES:
+                        ticked = done
+                        on_tick(done // MB, -(-total // MB), None)
+    on_tick(-(-total // MB), -(-total // MB), None)
+
+
+def refuse_foreign_formats(shards: Shards) -> None:
+    """Raises CheckpointError for weights quantised by bitsandbytes or stored in ComfyUI's quantised single-file layout."""
+    for name in shards.entries:
+        if name.endswith(".comfy_quant"):
+            raise CheckpointError(f"{shards.folder} is quantised for ComfyUI ('{name}'): that format is not supported; use "
+                                  f"the published bf16 folder")
+        if ".quant_state." in name or name.endswith((".absmax", ".quant_map", ".nested_absmax", ".SCB", ".weight_format")):
+            raise CheckpointError(f"{shards.folder} is quantised by bitsandbytes ('{name}'): that format is not supported; use "
+                                  f"the published bf16 folder")
+
+
+def _check(places: dict[str, Tensor], shards: Shards, skip: frozenset[str]) -> None:
+    """Compare what the module has room for with what the files hold; one error for everything that does not match."""
+    stored = {name: entry for name, entry in shards.entries.items() if name not in skip}
+    shared = [(name, place, stored[name]) for name, place in places.items() if name in stored]
+    problems = {
+        "missing in the files": [f"{name} {list(place.shape)}" for name, place in places.items() if name not in stored],
+        "surplus in the files": [f"{name} {list(entry.shape)}" for name, entry in stored.items() if name not in places],
+        "of another shape": [f"{name} expected {list(place.shape)}, found {list(entry.shape)}"
+                             for name, place, entry in shared if tuple(place.shape) != entry.shape],
+        "of another dtype": [f"{name} expected {_dtype(place.dtype)}, found {_dtype(entry.dtype)}"
+                             for name, place, entry in shared if not _convertible(entry.dtype, place.dtype)],
+    }
+    if any(problems.values()):
+        lines = [f"{shards.folder} does not fit its configuration (which has {len(places)} tensors, the files {len(stored)}):"]
+        for what, names in problems.items():
+            if names:
+                more = f" (first {LISTED} of {len(names)})" if len(names) > LISTED else ""
+                lines.append(f"  {len(names)} {what}{more}: " + "; ".join(names[:LISTED]))
+        lines.append("Use the published folder with its own config.json, or download it again.")
+        raise CheckpointError("\n".join(lines))
+
+
+def _convertible(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    return stored == wanted or (stored in FLOATS and wanted in FLOATS)
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _materialise(module: nn.Module, device: torch.device) -> None:
+    """Give memory to every meta parameter and persistent buffer, in place; shared parameters stay shared.
+
+    Not ``module.to_empty``: that would also wipe the buffers that modules computed themselves.
+    """
+    made: dict[int, Tensor] = {}
+    for path, part in module.named_modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None and parameter.is_meta:
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                part._parameters[name] = made[id(parameter)]
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                if name in part._non_persistent_buffers_set:
+                    raise RuntimeError(f"buffer '{path}.{name}' is on meta and in no checkpoint: {type(part).__name__} must "
+                                       f"compute it outside the meta context")
+                part._buffers[name] = torch.empty_like(buffer, device=device)
+
+
+def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, bounce: Tensor) -> Iterator[int]:
+    """Read one tensor into ``place`` chunk by chunk, checked for NaN and Inf while hot; yields the bytes of each chunk."""
+    handle.seek(entry.offset)
+    direct = place.device.type == "cpu" and place.is_contiguous() and place.dtype == entry.dtype
+    contiguous = place.is_contiguous()
+    # Other layouts are rare and small (no published weight needs one): a whole tensor of the stored dtype, then one copy.
+    flat = place.view(-1) if contiguous else torch.empty(entry.shape, dtype=entry.dtype).view(-1)
+    step = CHUNK_BYTES // entry.dtype.itemsize
+    for first in range(0, flat.numel(), step):
+        target = flat[first:first + step]
+        if direct or not contiguous:
+            chunk = target
+        else:
+            chunk = bounce[:target.numel() * entry.dtype.itemsize].view(entry.dtype)
+        _read_into(handle, chunk, name, entry)
+        _check_finite(chunk, name, entry)
+        if chunk is not target:
+            target.copy_(chunk)
+        yield chunk.nbytes
+    if not contiguous:
+        place.copy_(flat.view(entry.shape))
+
+
+def _read_into(handle: FileIO, chunk: Tensor, name: str, entry: TensorEntry) -> None:
+    buffer = memoryview(chunk.view(torch.uint8).numpy())
+    while buffer:
+        count = handle.readinto(buffer)
+        if not count:
+            raise CheckpointError(f"{entry.file} ends {len(buffer)} bytes before the end of '{name}' (offset {entry.offset}, "
+                                  f"{entry.nbytes} bytes): it changed while it was read; download it again")
+        buffer = buffer[count:]
+
+
+def _check_finite(chunk: Tensor, name: str, entry: TensorEntry) -> None:
+    # A sum is 20-40 times cheaper than isfinite here and cannot miss a NaN or Inf; it may overflow on sound values, hence the
+    # exact second look.
+    if chunk.is_floating_point() and not chunk.sum().isfinite() and not chunk.isfinite().all():
+        bad = int(chunk.numel() - chunk.isfinite().sum())
+        raise CheckpointError(f"{entry.file}: '{name}' holds NaN or Inf ({bad} of {chunk.numel()} values looked at), expected "
+                              f"none: the file is damaged; download it again")
