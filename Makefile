@@ -1,0 +1,66 @@
+# make setup    .venv with everything, ComfyUI for the tests, the `hywu` command
+# make demo     one edit of a real photo in a real ComfyUI -> output/demo.png
+# make test     all tests, with transformers 4.57 and 5.x, and parity with the reference's numbers
+# make parity CASE=DIR    one golden case, one line a stage
+# make lint
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+TORCHVISION ?= torchvision==0.28.0
+CASE ?= tests/golden/nano
+
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+READY := $(VENV)/ready
+HELD := $(VENV)/constraints.txt
+# transformers 5 lies in a folder of its own that PYTHONPATH puts before .venv's 4.57.
+TRANSFORMERS5 := .cache/transformers-5
+READY5 := $(TRANSFORMERS5)/ready
+CASES := $(wildcard tests/golden/nano ../shared/golden/*)
+
+.PHONY: setup demo test test-transformers-5 test-parity parity lint clean
+
+setup: $(READY)
+	@$(PY) -m comfyui_hywu.tests.comfy.fetch
+
+# torch comes first and alone, then a constraint holds it: otherwise pip may exchange it for another build of several GB.
+# torchvision comes without its dependencies for the same reason; only ComfyUI imports it.
+$(READY): requirements.txt tests/comfy/requirements.txt pyproject.toml
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
+	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(HELD)
+	$(PIP) -c $(HELD) -r requirements.txt -r tests/comfy/requirements.txt
+	$(PY) -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torchvision'))" || $(PIP) --no-deps $(TORCHVISION)
+	$(PIP) --no-deps --no-build-isolation -e .
+	touch $@
+
+$(READY5): $(READY)
+	rm -rf $(TRANSFORMERS5)
+	$(PY) -m pip --disable-pip-version-check freeze --exclude-editable \
+		| grep -v -i -E '^(transformers|tokenizers|huggingface[-_]hub|torch)[ =@]' > $(VENV)/constraints-5.txt
+	$(PIP) --target $(TRANSFORMERS5) -c $(VENV)/constraints-5.txt "transformers>=5,<6"
+	touch $@
+
+demo: setup
+	$(PY) -m comfyui_hywu.tests.comfy.demo
+
+test: setup test-parity test-transformers-5
+	$(VENV)/bin/pytest
+
+# The server tests are left out here: ComfyUI's own requirement is what .venv holds.
+test-transformers-5: $(READY5)
+	PYTHONPATH=$(TRANSFORMERS5) $(PY) -c "import transformers; print('transformers', transformers.__version__); assert transformers.__version__ >= '5'"
+	PYTHONPATH=$(TRANSFORMERS5) $(VENV)/bin/pytest --ignore tests/comfy -q
+
+test-parity: $(READY)
+	@for case in $(CASES); do echo "== $$case"; $(PY) -m comfyui_hywu.tests.golden.parity "$$case" || exit 1; done
+
+parity: $(READY)
+	@$(PY) -m comfyui_hywu.tests.golden.parity "$(CASE)"
+
+lint: $(READY)
+	$(VENV)/bin/ruff check .
+
+clean:
+	rm -rf $(VENV) .cache output

@@ -1,0 +1,43 @@
+"""Runs ComfyUI's ``main.py`` in this process: ``python start.py COMFYUI_FOLDER [arguments of main.py]``.
+
+Exists for one reason: ComfyUI imports torchvision, and the torchvision of PyPI beside a CPU-only torch fails on operators that
+it expects from its compiled part. Where that happens, and only there, the two names are declared first. The pack itself never
+does this.
+"""
+
+import os
+import runpy
+import sys
+
+
+def mend_torchvision() -> None:
+    """Declare the operators whose absence makes ``import torchvision`` fail beside a CPU-only torch."""
+    import torch
+
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError as error:
+        if "torchvision::nms" not in str(error):
+            raise
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for operator in ("nms", "qnms"):
+            library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        import torchvision
+
+        torchvision.hywu_tests_library = library  # the definitions last as long as this object
+
+
+def main() -> None:
+    folder = os.path.abspath(sys.argv[1])
+    mend_torchvision()
+    # As `python main.py` inside the folder would have it; our own folder must not shadow ComfyUI's modules.
+    sys.path[0] = folder
+    sys.argv = [os.path.join(folder, "main.py"), *sys.argv[2:]]
+    os.chdir(folder)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()
