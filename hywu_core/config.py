@@ -9,9 +9,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .errors import CheckpointError
 
 ATTENTION_TYPES = ("joint_full", "full", "full_causal", "causal")
+# Keys of config.json that name the id of a special token: what a tokenizer is checked against.
+SPECIAL_ID_KEYS = {
+    "bos_token_id": "<|startoftext|>",
+    "eos_token_id": "<|endoftext|>",
+    "im_start_id": "<boi>",
+    "im_end_id": "<eoi>",
+    "image_token_id": "<img>",
+}
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -29,6 +39,14 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object: download it again")
     return value
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """"bfloat16" -> torch.bfloat16. Raises CheckpointError for a name that is no floating dtype to compute in."""
+    dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+    if name not in dtypes:
+        raise CheckpointError(f"config.json: torch_dtype {name!r} is none of {sorted(dtypes)}")
+    return dtypes[name]
 
 
 def _require(raw: dict[str, Any], key: str, where: str) -> Any:
@@ -104,6 +122,7 @@ class BackboneConfig:
     vit_max_num_patches: int = 1024
     vit_aligner_depth: int = 2
     torch_dtype: str = "bfloat16"
+    special_ids: dict[str, int] = field(default_factory=dict, hash=False)  # special token -> the id that config.json says it has
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "BackboneConfig":
@@ -147,6 +166,7 @@ class BackboneConfig:
             vit_max_num_patches=(raw.get("vit_processor") or {}).get("max_num_patches", 1024),
             vit_aligner_depth=(raw.get("vit_aligner") or {}).get("depth", 2),
             torch_dtype=raw.get("torch_dtype") or raw.get("dtype") or "bfloat16",
+            special_ids={token: raw[key] for key, token in SPECIAL_ID_KEYS.items() if isinstance(raw.get(key), int)},
         )
 
     @classmethod

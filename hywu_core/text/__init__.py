@@ -1,0 +1,1 @@
+"""Text on both sides of the backbone: tokenizer, system prompt, sequence template, and the course of thinking."""
