@@ -8,6 +8,7 @@ because ComfyUI's output cache will hold the object; training passes live tensor
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -92,20 +93,29 @@ class LoRA:
         return cls(MappingProxyType(ordered), rank, float(alpha), targets, len(by_layer), prefix, provenance or Provenance())
 
     @classmethod
-    def from_reference_state(cls, state: Mapping[str, torch.Tensor], provenance: Provenance | None = None) -> "LoRA":
+    def from_reference_state(
+        cls, state: Mapping[str, torch.Tensor], alpha: float | None = None, provenance: Provenance | None = None
+    ) -> "LoRA":
         """Make a LoRA from the reference's state: every tensor with a leading batch axis of 1, and a 0-dim ``scale``.
 
+        ``alpha`` stands in for a missing ``scale``; where both are there they must agree.
+
         Raises:
-            LoRAError: ``scale`` is missing, a batch axis is not 1, or what ``from_tensors`` refuses.
+            LoRAError: neither is there or they contradict each other, a batch axis is not 1, or what ``from_tensors`` refuses.
         """
-        if "scale" not in state:
-            raise LoRAError("the reference state has no 'scale', expected one next to the matrices")
         for key, tensor in state.items():
             if key != "scale" and (tensor.ndim < 3 or tensor.shape[0] != 1):
                 raise LoRAError(f"{key} has shape {tuple(tensor.shape)}, expected a leading batch axis of 1")
-        tensors = {key: tensor[0] for key, tensor in state.items() if key != "scale"}
-        lora = cls.from_tensors(tensors, 1.0, provenance)
-        return cls.from_tensors(tensors, float(state["scale"]) * lora.rank, provenance)
+        if alpha is None and "scale" not in state:
+            raise LoRAError("the reference state has no 'scale', expected one next to the matrices; give alpha")
+        lora = cls.from_tensors(
+            {key: tensor[0] for key, tensor in state.items() if key != "scale"}, 1.0 if alpha is None else alpha, provenance)
+        if "scale" not in state:
+            return lora
+        scale = float(state["scale"])
+        if alpha is not None and not math.isclose(scale, lora.scale, rel_tol=1e-2):  # a bf16 scale has three digits
+            raise LoRAError(f"the reference state has scale {scale}, but alpha {alpha} and rank {lora.rank} make {lora.scale}")
+        return lora if alpha is not None else cls.from_tensors(lora.tensors, scale * lora.rank, lora.provenance)
 
     @property
     def scale(self) -> float:

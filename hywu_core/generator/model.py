@@ -1,0 +1,182 @@
+"""The parameter generator: condition in, the parameter tokens of every backbone layer out, and from them a LoRA.
+
+Owns the network around the blocks with the published parameter names, loading it from a folder, and ``write_lora``, the second
+step of an edit. The blocks are in ``blocks.py``, the meaning of a token in ``tokens.py``.
+
+The tokens start from learned positions alone: everything that depends on the request comes in through cross-attention.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from ..checkpoint import generator_fingerprint, load_weights, open_shards
+from ..config import GeneratorConfig
+from ..errors import CheckpointError, LoRAError
+from ..lora.value import LoRA, Provenance
+from ..progress import Tick, silent
+from .blocks import Block, Positions, RMSNorm
+from .rope import rotary_table
+from .tokens import TokenLayout, detokenise
+
+if TYPE_CHECKING:
+    from ..condition import Condition
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class TokenTransformer(nn.Module):
+    """Learned token positions, the blocks, and the two output projections (``model.*`` of the published names)."""
+
+    def __init__(self, config: GeneratorConfig, layout: TokenLayout):
+        super().__init__()
+        self.config = config
+        self.layout = layout
+        piece = config.d_model // config.dim_accumulation
+        self.hw_pos = nn.Embedding(layout.num_tokens * config.rank, piece)
+        self.layer_pos = nn.Embedding(config.num_base_model_layers, piece)
+        self.norm_input = RMSNorm(config.d_model)
+        self.norm_tokens = RMSNorm(config.d_model)
+        self.blocks = nn.ModuleList(Block(config.d_model, config.head_dim) for _ in range(config.num_pg_layers))
+        self.norm_final = RMSNorm(config.d_model)
+        self.proj_out_A = nn.Linear(piece, config.output_dim)
+        self.proj_out_B = nn.Linear(piece, config.output_dim)
+
+    def forward(self, context_BSG: torch.Tensor, on_tick: Tick = silent) -> torch.Tensor:
+        """Projected condition (B, S, G) -> raw tokens (B, N, P, R, C); ticks per block."""
+        context_BSG = self.norm_input(context_BSG)
+        positions = self.positions(context_BSG.shape[1], context_BSG.device)
+        x_BNWG = self.norm_tokens(self.position_tokens()[None])
+        # Rows of a batch start equal but are written to apart.
+        x_BNWG = x_BNWG.expand(context_BSG.shape[0], -1, -1, -1).contiguous()
+        on_tick(0, len(self.blocks), None)
+        for done, block in enumerate(self.blocks, start=1):
+            x_BNWG = block(x_BNWG, context_BSG, positions)
+            on_tick(done, len(self.blocks), None)
+        return self._project(self.norm_final(x_BNWG))
+
+    def position_tokens(self) -> torch.Tensor:
+        """The learned start (N, W, G): W = P * R / a tokens a layer, each of a = dim_accumulation rows side by side."""
+        rows = self.hw_pos.weight.unflatten(0, (-1, self.config.dim_accumulation))  # (W, a, G/a)
+        return (rows + self.layer_pos.weight[:, None, None]).flatten(2)
+
+    def positions(self, condition_length: int, device: torch.device) -> Positions:
+        """The rotary tables for a condition of ``condition_length`` tokens (spec section 4)."""
+        head_dim, layers = self.config.head_dim, self.config.num_base_model_layers
+        pieces = self.config.rank // self.config.dim_accumulation
+        row = torch.arange(self.layout.num_tokens * pieces, device=device)
+        token = torch.arange(layers * len(row), device=device)
+        # Behind both axes of the row, so that no key shares a position with a parameter token.
+        diagonal = torch.arange(condition_length, device=device) + max(self.layout.num_tokens, pieces)
+        return Positions(
+            layers=rotary_table((torch.arange(layers, device=device),), head_dim),
+            row=rotary_table((row // pieces, row % pieces), head_dim),
+            tokens=rotary_table((token // len(row), token % len(row)), head_dim),
+            condition=rotary_table((diagonal, diagonal), head_dim))
+
+    def _project(self, x_BNWG: torch.Tensor) -> torch.Tensor:
+        """Take the tokens apart again and give the A tokens and the B tokens each their projection."""
+        B, N = x_BNWG.shape[:2]
+        x_BNPRG = x_BNWG.view(B, N, self.layout.num_tokens, self.layout.rank, -1)
+        a, b = x_BNPRG.split([self.layout.num_a_tokens, self.layout.num_tokens - self.layout.num_a_tokens], dim=2)
+        return torch.cat((self.proj_out_A(a), self.proj_out_B(b)), dim=2)
+
+
+class ParameterGenerator(nn.Module):
+    """The published generator: 8.0966e9 parameters, which write 722,993,152 values.
+
+    Raises:
+        CheckpointError: sizes of the configuration that contradict each other.
+    """
+
+    def __init__(self, config: GeneratorConfig):
+        super().__init__()
+        if config.output_dim != config.token_dim:
+            raise CheckpointError(f"generator config.json: output_dim is {config.output_dim}, but a parameter token is "
+                                  f"{config.token_dim} wide (token_dim); use the folder's own config.json")
+        if config.head_dim % 4:
+            raise CheckpointError(f"generator config.json: head_dim {config.head_dim} is not a multiple of 4, which rotary "
+                                  "positions on two axes need; use the folder's own config.json")
+        self.layout = TokenLayout.from_config(config)
+        self.hidden_in = nn.Linear(config.input_dim, config.d_model)
+        self.model = TokenTransformer(config, self.layout)
+
+    def forward(self, condition_BSD: torch.Tensor, on_tick: Tick = silent) -> torch.Tensor:
+        """Conditions (B, S, D) of equal length -> raw parameter tokens (B, N, P, R, C); differentiable, ticks per block."""
+        return self.model(self.hidden_in(condition_BSD), on_tick)
+
+
+@dataclass(frozen=True, eq=False)
+class GeneratorHandle:
+    """A loaded generator: the socket value that nodes pass on."""
+
+    model: ParameterGenerator
+    config: GeneratorConfig
+    fingerprint: str
+
+
+def load_generator(
+    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, on_tick: Tick = silent
+) -> GeneratorHandle:
+    """Load a generator folder (config.json and safetensors); ``dtype`` None takes the one of its configuration.
+
+    Raises:
+        CheckpointError: the folder is incomplete, damaged or not what its configuration says.
+    """
+    config = GeneratorConfig.from_folder(Path(folder))
+    if dtype is None:
+        if config.torch_dtype not in DTYPES:
+            raise CheckpointError(f"{folder}: torch_dtype is {config.torch_dtype!r}, expected one of {', '.join(DTYPES)}")
+        dtype = DTYPES[config.torch_dtype]
+    shards = open_shards(Path(folder))
+    with torch.device("meta"):
+        model = ParameterGenerator(config).to(dtype)
+    load_weights(model, shards, device=device, on_tick=on_tick)
+    return GeneratorHandle(model.eval().requires_grad_(False), config, generator_fingerprint(shards))
+
+
+@torch.no_grad()
+def write_lora(generator: GeneratorHandle, condition: "Condition", on_tick: Tick = silent) -> LoRA:
+    """Write the LoRA for one condition, in the generator's dtype, on the CPU; ticks per block (spec section 4).
+
+    Raises:
+        CheckpointError: the condition has another width than the generator reads.
+        LoRAError: the condition or the written values are not finite.
+    """
+    config = generator.config
+    hidden_SD = condition.hidden_SD
+    if hidden_SD.ndim != 2 or hidden_SD.shape[1] != config.input_dim:
+        raise CheckpointError(
+            f"the condition has shape {tuple(hidden_SD.shape)}, but this generator reads (tokens, {config.input_dim}): it was "
+            "made for another backbone; load the generator that belongs to this backbone")
+    if not torch.isfinite(hidden_SD).all():
+        raise LoRAError(f"the condition holds NaN or Inf in {int((~torch.isfinite(hidden_SD)).sum())} of {hidden_SD.numel()} "
+                        "values, expected none; load the backbone in bfloat16 or float32 and encode again")
+    weight = generator.model.hidden_in.weight
+
+    def tick(done: int, total: int, latent: torch.Tensor | None) -> None:
+        if weight.is_cuda:
+            # Kernels are only queued: without waiting all ticks would come at once, and a cancel would stop nothing.
+            torch.cuda.synchronize(weight.device)
+        on_tick(done, total, latent)
+
+    tokens_BNPRC = generator.model(hidden_SD[None].to(weight.device, weight.dtype), tick)
+    _refuse_not_finite(tokens_BNPRC)
+    matrices = detokenise(tokens_BNPRC, generator.model.layout, config.prefix)
+    # Each matrix gets memory of its own: as views they would drag all 1.45 GB along wherever one of them is sent.
+    tensors = {key: matrix[0].to("cpu", copy=True) for key, matrix in matrices.items()}
+    return LoRA.from_tensors(tensors, config.alpha, Provenance(
+        backbone_fingerprint=condition.backbone_fingerprint, generator_fingerprint=generator.fingerprint,
+        instruction=condition.instruction, thinking=condition.thinking, picture_digests=tuple(condition.picture_digests),
+        seed=condition.seed))
+
+
+def _refuse_not_finite(tokens_BNPRC: torch.Tensor) -> None:
+    # The sum needs no second tensor of this size; only when it is suspicious are the values looked at.
+    if not torch.isfinite(tokens_BNPRC.sum(dtype=torch.float32)) and not torch.isfinite(tokens_BNPRC).all():
+        wrong = int((~torch.isfinite(tokens_BNPRC)).sum())
+        raise LoRAError(f"the generator wrote NaN or Inf in {wrong} of {tokens_BNPRC.numel()} values, expected none; its "
+                        f"weights are damaged or {tokens_BNPRC.dtype} is too narrow: load it in bfloat16 or float32")
