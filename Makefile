@@ -25,13 +25,14 @@ setup: $(READY)
 	@$(PY) -m comfyui_hywu.tests.comfy.fetch
 
 # torch comes first and alone, then a constraint holds it: otherwise pip may exchange it for another build of several GB.
-# torchvision comes without its dependencies for the same reason; only ComfyUI imports it.
+# torchvision comes without its dependencies for the same reason, and into a folder of its own that only the test server sees:
+# where it is installed but broken (its compiled part wants CUDA) transformers fails too.
 $(READY): requirements.txt tests/comfy/requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
 	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(HELD)
 	$(PIP) -c $(HELD) -r requirements.txt -r tests/comfy/requirements.txt
-	$(PY) -c "import importlib.util as u, sys; sys.exit(not u.find_spec('torchvision'))" || $(PIP) --no-deps $(TORCHVISION)
+	test -d .cache/torchvision/torchvision || $(PIP) --no-deps --target .cache/torchvision $(TORCHVISION)
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@
 

@@ -5,15 +5,22 @@ it expects from its compiled part. Where that happens, and only there, the two n
 does this.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
+from pathlib import Path
+
+# Where `make setup` puts it: out of sight of everything but this server.
+TORCHVISION = Path(__file__).resolve().parents[2] / ".cache" / "torchvision"
 
 
 def mend_torchvision() -> None:
     """Declare the operators whose absence makes ``import torchvision`` fail beside a CPU-only torch."""
     import torch
 
+    if importlib.util.find_spec("torchvision") is None:
+        sys.path.append(str(TORCHVISION))
     try:
         import torchvision  # noqa: F401
     except RuntimeError as error:
