@@ -122,7 +122,7 @@ class BackboneConfig:
     vit_max_num_patches: int = 1024
     vit_aligner_depth: int = 2
     torch_dtype: str = "bfloat16"
-    special_ids: dict[str, int] = field(default_factory=dict, hash=False)  # special token -> the id that config.json says it has
+    special_ids: dict[str, int] = field(default_factory=dict, hash=False)  # special token -> the id that config.json says
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "BackboneConfig":

@@ -87,7 +87,7 @@ class Sequence:
 
     @property
     def later_slice(self) -> Slice | None:
-        """What later denoise steps recompute: from the painted ``<timestep>`` to the last painted ``<img>`` (spec section 6)."""
+        """What later denoise steps recompute: from the painted ``<timestep>`` to its last ``<img>`` (spec section 6)."""
         return None if self.gen is None else (self.gen_timestep, self.gen.stop)
 
 
