@@ -1,0 +1,295 @@
+"""The ComfyUI side of things: model folders, devices, pictures, progress with cancel, and the VAE that ComfyUI's nodes take.
+
+The only file besides the nodes themselves that talks to ComfyUI's modules. Owns no maths of HY-WU.
+"""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.sd
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_api.latest import io
+from PIL import Image
+
+from ..hywu_core.errors import CheckpointError, LoRAError, PictureError, RequestError
+from ..hywu_core.handle import ModelHandle
+from ..hywu_core.progress import Tick
+from ..hywu_core.vision.vae import VAE
+
+MODELS = "hywu"  # models/hywu and `hywu:` in extra_model_paths.yaml
+LORAS = "hywu_loras"  # models/hywu_loras, output/hywu_loras and `hywu_loras:` in extra_model_paths.yaml
+BUNDLED = Path(__file__).resolve().parent.parent / "models"  # the small checkpoint that comes with the pack
+BACKBONE = "hunyuan_image_3_moe"  # model_type in config.json
+GENERATOR = "parameter_generator"
+MAX_PICTURES = 3
+# Checkpoints lie at most this deep below a model folder ("publisher/model/part"); a list is made at every look at the graph.
+MAX_DEPTH = 3
+# A preview shows at most so many latent cells a side: decoding stays cheap next to a denoise step at any size.
+PREVIEW_CELLS = 16
+PREVIEW_PIXELS = 512
+
+
+def register_folders() -> None:
+    """Make the pack's model folders known; entries of extra_model_paths.yaml, read earlier, stay in front."""
+    folder_paths.add_model_folder_path(MODELS, os.path.join(folder_paths.models_dir, "hywu"))
+    folder_paths.add_model_folder_path(LORAS, os.path.join(folder_paths.models_dir, "hywu_loras"))
+    folder_paths.add_model_folder_path(LORAS, os.path.join(folder_paths.get_output_directory(), "hywu_loras"))
+
+
+# ---- checkpoints on disk
+
+
+def _roots() -> list[Path]:
+    return [Path(path) for path in folder_paths.get_folder_paths(MODELS)] + [BUNDLED]
+
+
+def _folders_with_config(folder: Path, depth: int = 0) -> Iterator[Path]:
+    """Checkpoint folders below ``folder``: those with a config.json, below which nothing is looked for."""
+    if (folder / "config.json").is_file():
+        yield folder
+    elif depth < MAX_DEPTH and folder.is_dir():
+        for inner in sorted(folder.iterdir()):
+            if inner.is_dir() and not inner.name.startswith("."):
+                yield from _folders_with_config(inner, depth + 1)
+
+
+def _model_type(folder: Path) -> str:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type", "")
+    except (OSError, ValueError, AttributeError):
+        return ""  # not ours, or damaged: then loading it by name says what is wrong
+
+
+def checkpoint_names(model_type: str) -> list[str]:
+    """Names of all checkpoints of one kind, relative to their model folder; read from disk at every call, so always fresh."""
+    names = {folder.relative_to(root).as_posix(): None
+             for root in _roots() for folder in _folders_with_config(root) if _model_type(folder) == model_type}
+    return list(names)
+
+
+def checkpoint_folder(name: str) -> Path:
+    """The folder of a listed checkpoint; the user's own folders come before the bundled one.
+
+    Raises:
+        CheckpointError: no model folder holds it (all places are named), or the name climbs out of them.
+    """
+    if not name or Path(name).is_absolute() or ".." in Path(name).parts:
+        raise CheckpointError(f"the checkpoint name {name!r} must be a folder below {folder_paths.get_folder_paths(MODELS)[0]}")
+    places = [root / name for root in _roots()]
+    for place in places:
+        if (place / "config.json").is_file():
+            return place
+    raise CheckpointError(
+        f"{name} is missing: put the checkpoint's files into {places[0]} (looked for config.json in "
+        f"{', '.join(str(place) for place in places)})")
+
+
+def check_checkpoint(name: str, model_type: str) -> bool | str:
+    """For ``validate_inputs``: True, or what is missing and where it belongs."""
+    if name in checkpoint_names(model_type):
+        return True
+    try:
+        folder = checkpoint_folder(name)
+    except CheckpointError as error:
+        return str(error)
+    return f"{folder / 'config.json'} has the model_type {_model_type(folder)!r}, this node loads {model_type!r}"
+
+
+def files_fingerprint(folder: Path) -> str:
+    """Changes when a file of a checkpoint folder changes (size and time, as reading 160 GB for it would be absurd)."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
+def choose_device(folder: Path) -> torch.device:
+    """ComfyUI's device if the checkpoint fits into its free memory, else the CPU; the decision is logged."""
+    device = comfy.model_management.get_torch_device()
+    need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if device.type != "cpu":
+        comfy.model_management.free_memory(need * 1.1, device)
+        free = comfy.model_management.get_free_memory(device)
+        if free < need * 1.1:
+            logging.info("HY-WU: %s needs %.1f GB, %s has %.1f GB free: it stays on the CPU",
+                         folder.name, need / 1e9, device, free / 1e9)
+            device = torch.device("cpu")
+    logging.info("HY-WU: loading %s (%.2f GB) to %s", folder, need / 1e9, device)
+    return device
+
+
+# ---- saved LoRAs
+
+
+def lora_names() -> list[str]:
+    """Names of all LoRA files in the model and output folders, fresh at every call."""
+    return [name for name in folder_paths.get_filename_list(LORAS) if name.endswith(".safetensors")]
+
+
+def lora_path(name: str) -> Path:
+    """Raises LoRAError if no folder holds the file, naming all of them."""
+    path = folder_paths.get_full_path(LORAS, name)
+    if path is None:
+        raise LoRAError(f"{name} is missing: looked in {', '.join(folder_paths.get_folder_paths(LORAS))}")
+    return Path(path)
+
+
+def check_lora(name: str) -> bool | str:
+    """For ``validate_inputs``: True, or what is missing and where it was looked for."""
+    try:
+        lora_path(name)
+    except LoRAError as error:
+        return str(error)
+    return True
+
+
+def next_output_path(prefix: str, suffix: str) -> Path:
+    """The next free "prefix_00001_.suffix" in ComfyUI's output folder; its folder is made.
+
+    Raises:
+        RequestError: the prefix is empty or leads out of the output folder.
+    """
+    output = Path(folder_paths.get_output_directory()).resolve()
+    # Backslashes separate folders on Windows only; refusing them everywhere keeps graphs portable.
+    wanted = (output / prefix).resolve()
+    if not prefix.strip() or "\\" in prefix or wanted == output or not wanted.is_relative_to(output):
+        raise RequestError(
+            f"filename_prefix {prefix!r} leads out of the output folder {output}: use a name such as 'hywu_loras/edit'")
+    folder, filename, counter, _, _ = folder_paths.get_save_image_path(prefix, str(output))
+    return Path(folder) / f"{filename}_{counter:05}_{suffix}"
+
+
+# ---- pictures
+
+
+def picture_inputs(first_tooltip: str) -> list[io.Input]:
+    """The three optional picture sockets that Think and the Condition Encoder share."""
+    more = "Another source picture; its content can be named in the instruction as the second or third picture."
+    return [io.Image.Input(f"image_{number}", optional=True, tooltip=first_tooltip if number == 1 else more)
+            for number in range(1, MAX_PICTURES + 1)]
+
+
+def pictures(*images_BHWC: torch.Tensor | None) -> list[Image.Image]:
+    """ComfyUI IMAGE tensors (B, H, W, C) in 0..1 -> PIL pictures in order; every picture of a batch counts as one.
+
+    Raises:
+        PictureError: more than three pictures in all, or values that are no numbers.
+    """
+    connected = [image for image in images_BHWC if image is not None]
+    count = sum(len(image) for image in connected)
+    if count > MAX_PICTURES:
+        raise PictureError(f"{count} source pictures are connected, at most {MAX_PICTURES} can be used: "
+                           "a batch counts as so many pictures, take one of it with Image From Batch")
+    return [picture for image in connected for picture in frames(image)]
+
+
+def frames(image_BHWC: torch.Tensor) -> list[Image.Image]:
+    """The pictures of one IMAGE tensor."""
+    return [_picture(frame_HWC) for frame_HWC in image_BHWC]
+
+
+def _picture(frame_HWC: torch.Tensor) -> Image.Image:
+    if not torch.isfinite(frame_HWC).all():
+        raise PictureError("a source picture holds NaN or infinite values: the node that made it has failed")
+    values = (frame_HWC.detach().cpu().float().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    # Mode from the channels: 1 gray, 3 RGB, 4 RGBA (the core lays it on white).
+    return Image.fromarray(np.ascontiguousarray(values[..., 0] if values.shape[-1] == 1 else values))
+
+
+def image_tensor(picture: Image.Image) -> torch.Tensor:
+    """PIL picture -> IMAGE tensor (1, H, W, 3) in 0..1."""
+    return torch.from_numpy(np.array(picture.convert("RGB"))).float().div(255).unsqueeze(0)
+
+
+# ---- progress and cancel
+
+
+def ticker(vae: VAE | None = None) -> Tick:
+    """The callback for a long stage: moves the node's progress bar, shows previews if ``vae`` is given, lets a cancel out.
+
+    ComfyUI raises InterruptProcessingException inside the update; it passes through the core, which undoes what it attached.
+    """
+    bar = comfy.utils.ProgressBar(1)
+
+    def on_tick(done: int, total: int, latent: torch.Tensor | None = None) -> None:
+        preview = None
+        if vae is not None and latent is not None:
+            preview = ("JPEG", preview_picture(vae, latent), PREVIEW_PIXELS)
+        bar.update_absolute(done, max(total, 1), preview)
+
+    return on_tick
+
+
+def preview_picture(vae: VAE, latent_bchw: torch.Tensor) -> Image.Image:
+    """A small decode of a diffusion latent (1, c, h, w), shrunk first, so that it costs the same at any size."""
+    height, width = latent_bchw.shape[-2:]
+    shrink = max(height, width) / PREVIEW_CELLS
+    if shrink > 1:
+        cells = (max(1, round(height / shrink)), max(1, round(width / shrink)))
+        latent_bchw = torch.nn.functional.interpolate(latent_bchw.float(), cells, mode="area")
+    with torch.no_grad():
+        pixels_bchw = vae.decode(vae.unscale(latent_bchw.to(vae.device)))
+    return _picture(torch.nan_to_num(pixels_bchw[0]).permute(1, 2, 0) / 2 + 0.5)
+
+
+# ---- the VAE socket
+
+
+class _FirstStage(torch.nn.Module):
+    """Gives the pack's VAE the two methods that ComfyUI's VAE class calls."""
+
+    def __init__(self, vae: VAE):
+        super().__init__()
+        self.vae = vae
+
+    def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
+        return self.vae.encode(pixels_bchw).mode()
+
+    def decode(self, z_bchw: torch.Tensor) -> torch.Tensor:
+        return self.vae.decode(z_bchw)
+
+
+class HostVAE(comfy.sd.VAE):
+    """The backbone's VAE as ComfyUI's VAE type: VAE Decode, VAE Decode (Tiled), VAE Encode and the rest work on it.
+
+    ComfyUI's own constructor builds networks from weights it recognises, which ours is not; so all attributes that its methods
+    use are set here. The weights are the backbone's own, not a copy.
+    """
+
+    def __init__(self, model: ModelHandle):
+        vae = model.backbone.vae
+        config = vae.config
+        # An estimate for ComfyUI's memory manager: at full size about six maps of the first width are alive, for every frame.
+        per_pixel = 6 * config.ffactor_temporal * config.block_out_channels[0]
+        cell = config.ffactor_spatial
+        self.memory_used_encode = lambda shape, dtype: (
+            per_pixel * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype))
+        self.memory_used_decode = lambda shape, dtype: (
+            per_pixel * shape[2] * shape[3] * cell * cell * comfy.model_management.dtype_size(dtype))
+        self.downscale_ratio = self.upscale_ratio = cell
+        self.latent_channels = config.latent_channels
+        self.latent_dim = 2
+        self.output_channels = 3
+        self.process_input = lambda image: image * 2.0 - 1.0
+        self.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
+        self.working_dtypes = [vae.dtype]
+        self.disable_offload = False
+        self.not_video = False
+        self.size = None
+        self.downscale_index_formula = None
+        self.upscale_index_formula = None
+        self.extra_1d_channel = None
+        self.crop_input = True
+        self.first_stage_model = _FirstStage(vae).eval()
+        # It stays where the backbone keeps it: ComfyUI moving it away would break the next encoding.
+        self.device = vae.device
+        self.vae_dtype = vae.dtype
+        self.output_device = comfy.model_management.intermediate_device()
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.first_stage_model, load_device=self.device, offload_device=self.device)

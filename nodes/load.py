@@ -1,0 +1,88 @@
+"""Loading checkpoints: the backbone with its VAE, and the generator. Finding them on disk is ``host.py``'s."""
+
+import torch
+from comfy_api.latest import io
+
+from ..hywu_core.generator.model import load_generator
+from ..hywu_core.handle import load_model
+from . import host, sockets
+
+DTYPES: dict[str, torch.dtype | None] = {
+    "checkpoint": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPE_TOOLTIP = (
+    "What the weights are kept and computed in. 'checkpoint' is what the checkpoint's config.json says; float32 doubles "
+    "the memory of bfloat16 and is what a CPU without bfloat16 arithmetic should use.")
+
+
+class HYWUModelLoader(io.ComfyNode):
+    """Backbone folder -> HYWU_MODEL and VAE."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HYWUModelLoader",
+            display_name="HY-WU Model Loader",
+            category=sockets.FILES_CATEGORY,
+            description="Loads a HunyuanImage-3.0 backbone and its VAE from a folder in models/hywu.",
+            inputs=[
+                io.Combo.Input(
+                    "backbone", options=host.checkpoint_names(host.BACKBONE),
+                    tooltip="A folder in models/hywu (or a `hywu:` path of extra_model_paths.yaml) that holds config.json, "
+                            "tokenizer.json, system_prompt.py and the *.safetensors of HunyuanImage-3.0-Instruct. "
+                            "hywu-mini/backbone comes with the pack."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="checkpoint", tooltip=DTYPE_TOOLTIP),
+            ],
+            outputs=[
+                sockets.Model.Output("model", tooltip="The backbone, without any LoRA."),
+                io.Vae.Output("vae", tooltip="The backbone's VAE, for VAE Decode and VAE Encode."),
+            ],
+        )
+
+    @classmethod
+    def validate_inputs(cls, backbone: str) -> bool | str:
+        return host.check_checkpoint(backbone, host.BACKBONE)
+
+    @classmethod
+    def fingerprint_inputs(cls, backbone: str, dtype: str) -> str:
+        return host.files_fingerprint(host.checkpoint_folder(backbone))
+
+    @classmethod
+    def execute(cls, backbone: str, dtype: str) -> io.NodeOutput:
+        folder = host.checkpoint_folder(backbone)
+        model = load_model(folder, device=host.choose_device(folder), dtype=DTYPES[dtype], on_tick=host.ticker())
+        return io.NodeOutput(model, host.HostVAE(model))
+
+
+class HYWUGeneratorLoader(io.ComfyNode):
+    """Generator folder -> HYWU_GENERATOR."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="HYWUGeneratorLoader",
+            display_name="HY-WU Generator Loader",
+            category=sockets.FILES_CATEGORY,
+            description="Loads the network that writes a LoRA for every request from a folder in models/hywu.",
+            inputs=[
+                io.Combo.Input(
+                    "generator", options=host.checkpoint_names(host.GENERATOR),
+                    tooltip="A folder in models/hywu that holds config.json and the *.safetensors of tencent/HY-WU. "
+                            "hywu-mini/generator comes with the pack and belongs to hywu-mini/backbone."),
+                io.Combo.Input("dtype", options=list(DTYPES), default="checkpoint", tooltip=DTYPE_TOOLTIP),
+            ],
+            outputs=[sockets.Generator.Output("weight_generator", tooltip="For the HY-WU Weight Generator.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, generator: str) -> bool | str:
+        return host.check_checkpoint(generator, host.GENERATOR)
+
+    @classmethod
+    def fingerprint_inputs(cls, generator: str, dtype: str) -> str:
+        return host.files_fingerprint(host.checkpoint_folder(generator))
+
+    @classmethod
+    def execute(cls, generator: str, dtype: str) -> io.NodeOutput:
+        folder = host.checkpoint_folder(generator)
+        return io.NodeOutput(
+            load_generator(folder, device=host.choose_device(folder), dtype=DTYPES[dtype], on_tick=host.ticker()))
