@@ -21,6 +21,7 @@ import torch
 from ..config import LoRATarget
 from ..errors import LoRAError
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # "model.layers.0.mlp.experts.w1.lora_A": everything before the first number is the prefix, as the reference writes it.
 _KEY = re.compile(r"(?P<prefix>[^0-9]*)(?P<layer>0|[1-9][0-9]{0,3})\.(?P<target>.+)\.lora_(?P<side>[AB])")
 
@@ -224,9 +225,9 @@ def _targets(
 def _check_values(tensors: dict[str, torch.Tensor], check_finite: bool) -> None:
     dtype = next(iter(tensors.values())).dtype
     for key, tensor in tensors.items():
-        if not tensor.dtype.is_floating_point or tensor.dtype != dtype:
-            raise LoRAError(f"{key} is {tensor.dtype}, expected one floating dtype for all ({dtype} came first); "
-                            "the LoRA is damaged, generate it again")
+        if tensor.dtype != dtype or dtype not in DTYPES:
+            raise LoRAError(f"{key} is {tensor.dtype} and the first matrix is {dtype}, expected one of "
+                            f"{', '.join(map(str, DTYPES))} for all; generate the LoRA again")
         if check_finite and not torch.isfinite(tensor).all():
             wrong = int((~torch.isfinite(tensor)).sum())
             raise LoRAError(f"{key} holds NaN or Inf in {wrong} of {tensor.numel()} values, expected none; "
