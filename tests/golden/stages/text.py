@@ -56,7 +56,7 @@ def _build(case: Case, parts: Parts, meta: dict, system_prompt: str | None) -> S
     if meta["mode"] == "gen_text":
         return text_sequence(*of_case, bot_task=meta["bot_task"], **common)
     bucket = Buckets(parts.config.image_base_size).parse(meta["image_size"])
-    return image_sequence(*of_case, bucket, rows=meta["cfg_factor"], **common)
+    return image_sequence(*of_case, bucket, **common)
 
 
 _KINDS = {"text": "TextSection", "cond_joint_image": "PictureSection", "gen_image": "CanvasSection"}
