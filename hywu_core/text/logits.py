@@ -6,7 +6,7 @@ logits warpers in their fixed order, written out because importing those costs s
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -99,8 +99,12 @@ def filter_scores(scores_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
 
 def draw(scores_BV: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
     """Draw one token from the only row of (1, V) scores; on the CPU, so that a seed means the same on every device."""
-    scores_BV = scores_BV.float().cpu()
+    scores_V = scores_BV[0].float().cpu()
     if sampling.temperature == 0:
-        return int(scores_BV[0].argmax())
-    probabilities_BV = filter_scores(scores_BV, sampling).softmax(-1)
-    return int(torch.multinomial(probabilities_BV[0], 1, generator=generator))
+        return int(scores_V.argmax())
+    tokens = torch.arange(len(scores_V))
+    if 0 < sampling.top_k < len(scores_V):
+        # The same tokens that filter_scores leaves, taken out first: sorting all 133120 for top-p takes several times as long.
+        tokens = (scores_V >= scores_V.topk(sampling.top_k).values[-1]).nonzero().flatten()
+    probabilities_BV = filter_scores(scores_V[tokens].unsqueeze(0), replace(sampling, top_k=0)).softmax(-1)
+    return int(tokens[torch.multinomial(probabilities_BV[0], 1, generator=generator)])

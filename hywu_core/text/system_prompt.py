@@ -29,7 +29,8 @@ class SystemPrompts:
     def select(self, name: str | None, bot_task: str = "think_recaption", custom: str | None = None) -> str | None:
         """The system prompt to use, stripped; None for none (spec section 5).
 
-        name: one of NAMES; "dynamic" chooses by bot_task. custom: the text for "custom", and for "dynamic" with another task.
+        name: one of NAMES ("dynamic" chooses by bot_task), or a text of one's own, which a space in it tells from a name.
+        custom: the text for "custom", and for "dynamic" with another task.
 
         Raises:
             RequestError: an unknown name.
@@ -37,6 +38,8 @@ class SystemPrompts:
         """
         if name is None or name == "None":
             return None
+        if name not in NAMES and len(name.split()) != 1:
+            return name.strip() or None
         if name not in NAMES:
             raise RequestError(f"there is no system prompt {name!r}: choose one of {', '.join(NAMES)}")
         if name == "dynamic":

@@ -11,7 +11,7 @@ import torch
 
 from ..config import BackboneConfig, GenerationConfig
 from ..errors import PromptError
-from ..vision.buckets import Bucket
+from ..vision.buckets import Bucket, Buckets
 from .sections import TEMPLATES, CanvasSection, Picture, PictureSection, Section, TextSection, image_turns, text_turns
 from .tokenizer import BOI, BOS, CFG, EOI, GUIDANCE, IMG, JOINT_SEPARATOR, THINKING_TAGS, TIMESTEP, TIMESTEP_R, Tokenizer
 
@@ -101,14 +101,17 @@ def text_sequence(tokenizer: Tokenizer, config: BackboneConfig, generation: Gene
     drop_think: leave the thought out and keep the recaption; None takes the checkpoint's setting.
 
     Raises:
-        PromptError: an empty instruction, structure tokens inside the texts, or more tokens than generation.max_length.
+        PromptError: an empty instruction, structure tokens inside the texts, or more tokens than generation.max_length, for
+            "img_ratio" with the smallest picture that the answer can be.
     """
     _check_texts(tokenizer, prompt, thinking)
     task = "think" if bot_task == "think_recaption" else bot_task
     sections = text_turns(
         TEMPLATES[generation.sequence_template], task, tokenizer.img_size, prompt, pictures, thinking, system_prompt,
         generation.drop_think if drop_think is None else drop_think)
-    return _lay_out(tokenizer, config, generation.max_length, sections, rows=1)
+    # Without room for a picture behind it there is no use in asking for its ratio: the end of a long run would be an error.
+    reserve = _smallest_picture(config) if task == "img_ratio" else 0
+    return _lay_out(tokenizer, config, generation.max_length, sections, rows=1, reserve=reserve)
 
 
 def image_sequence(tokenizer: Tokenizer, config: BackboneConfig, generation: GenerationConfig, prompt: str,
@@ -207,7 +210,14 @@ class _Layout:
         self.put(EOI)
 
 
-def _lay_out(tokenizer: Tokenizer, config: BackboneConfig, max_length: int, sections: list[Section], rows: int) -> Sequence:
+def _smallest_picture(config: BackboneConfig) -> int:
+    """Tokens of the smallest picture."""
+    pixels = min(bucket.height * bucket.width for bucket in Buckets(config.image_base_size).entries)
+    return pixels // config.vae.ffactor_spatial**2
+
+
+def _lay_out(tokenizer: Tokenizer, config: BackboneConfig, max_length: int, sections: list[Section], rows: int,
+             reserve: int = 0) -> Sequence:
     layout = _Layout(tokenizer, config, rows)
     places = []
     for section in sections:
@@ -219,11 +229,12 @@ def _lay_out(tokenizer: Tokenizer, config: BackboneConfig, max_length: int, sect
         else:
             layout.canvas(section)
         places.append((section, (start, layout.length)))
-    if layout.length > max_length:
+    needed = layout.length + reserve
+    if needed > max_length:
         content = sum(stop - start for section, (start, stop) in places if isinstance(section, TextSection) and section.content)
         raise PromptError(
-            f"the sequence has {layout.length} tokens, {content} of them instruction and thinking, but this checkpoint allows "
-            f"{max_length} (max_length): shorten the text by {layout.length - max_length} tokens or use fewer pictures")
+            f"the sequence needs {needed} tokens, {content} of them instruction and thinking, but this checkpoint allows "
+            f"{max_length} (max_length): shorten the text by {needed - max_length} tokens or use fewer pictures")
     return Sequence(
         ids_BL=torch.tensor(layout.rows, dtype=torch.int64),
         images=tuple(layout.images),

@@ -80,6 +80,14 @@ def test_the_draw_follows_its_seed_and_the_probabilities():
     assert torch.allclose(share, free.softmax(-1)[0], atol=0.03)
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(4, 1.0), (4, 0.7), (0, 0.7)])
+def test_the_draw_reaches_exactly_what_the_filters_leave(top_k, top_p):
+    free, sampling = scores(size=30, seed=4) / 3, Sampling(1.0, top_k, top_p)
+    left = filter_scores(free, sampling)[0].isfinite().nonzero().flatten().tolist()
+    generator = torch.Generator().manual_seed(0)
+    assert len(left) > 2 and {draw(free, sampling, generator) for _ in range(3000)} == set(left)
+
+
 def test_the_draw_leaves_the_global_seed_alone():
     torch.manual_seed(5)
     before = torch.get_rng_state()

@@ -73,6 +73,11 @@ def test_an_unknown_name_lists_the_known_ones(tmp_path):
         read(tmp_path, PUBLISHED).select("en_fancy")
 
 
+def test_a_text_of_ones_own_is_told_from_a_name_by_its_spaces(tmp_path):
+    assert read(tmp_path, PUBLISHED).select(" Be brief.\n") == "Be brief."
+    assert read(tmp_path, PUBLISHED).select("") is None
+
+
 def test_a_text_that_the_file_lacks_is_an_error_only_when_wanted(tmp_path):
     prompts = read(tmp_path, "unified_system_prompt_en = 'only this'")
     assert prompts.select("en_unified") == "only this"

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_hywu.hywu_core.errors import PromptError
 from comfyui_hywu.hywu_core.text.template import ImageSpan, image_sequence, text_sequence
-from comfyui_hywu.hywu_core.vision.buckets import Bucket
+from comfyui_hywu.hywu_core.vision.buckets import Bucket, Buckets
 
 # Vision tokens: 2 x 3 real ones of max_num_patches = 9.
 PICTURE = SimpleNamespace(bucket=Bucket(4, 32, 48), grid=(2, 3))
@@ -158,8 +158,17 @@ def test_too_long_names_both_lengths_and_what_to_cut(tokenizer, config, generati
     fits = text_sequence(tokenizer, config, generation, "ab", [PICTURE]).length
     tight = replace(generation, max_length=fits)
     text_sequence(tokenizer, config, tight, "ab", [PICTURE])
-    with pytest.raises(PromptError, match=rf"has {fits + 3} tokens, 5 of them.*allows {fits} .*by 3 tokens"):
+    with pytest.raises(PromptError, match=rf"needs {fits + 3} tokens, 5 of them.*allows {fits} .*by 3 tokens"):
         text_sequence(tokenizer, config, tight, "ab123", [PICTURE])
+
+
+def test_the_ratio_is_not_asked_for_without_room_for_a_picture(tokenizer, config, generation):
+    fits = text_sequence(tokenizer, config, generation, "ab", [], bot_task="img_ratio").length
+    room = min(bucket.height * bucket.width for bucket in Buckets(64).entries) // 256
+    assert room == 10
+    text_sequence(tokenizer, config, replace(generation, max_length=fits + room), "ab", [], bot_task="img_ratio")
+    with pytest.raises(PromptError, match=f"needs {fits + room} tokens.*allows {fits + room - 1}"):
+        text_sequence(tokenizer, config, replace(generation, max_length=fits + room - 1), "ab", [], bot_task="img_ratio")
 
 
 def test_twenty_thousand_tokens_are_refused_quickly(tokenizer, config, generation):
