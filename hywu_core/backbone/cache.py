@@ -1,0 +1,46 @@
+"""Keys and values of a run of layers, written in place at given positions (spec section 6).
+
+A cache belongs to one stage and lies on its device. Denoise steps after the first overwrite the slots of the picture's tokens;
+thinking appends one slot per token, and the buffers grow by doubling.
+"""
+
+import torch
+
+
+class KVCache:
+    """Keys and values (B, H_kv, capacity, Q) of each layer of one stage.
+
+    ``length`` counts the slots in use; attention sees exactly these.
+    """
+
+    def __init__(self, layers: int, rows: int, heads: int, capacity: int, head_dim: int, *, device, dtype):
+        self._keys = [torch.empty(rows, heads, capacity, head_dim, device=device, dtype=dtype) for _ in range(layers)]
+        self._values = [torch.empty_like(keys) for keys in self._keys]
+        self.length = 0
+
+    def reserve(self, length: int) -> None:
+        """Make ``length`` slots usable; what was written stays."""
+        if length > self._keys[0].shape[2]:
+            capacity = max(length, 2 * self._keys[0].shape[2])
+            self._keys = [self._grown(tensor, capacity) for tensor in self._keys]
+            self._values = [self._grown(tensor, capacity) for tensor in self._values]
+        self.length = max(self.length, length)
+
+    def _grown(self, tensor: torch.Tensor, capacity: int) -> torch.Tensor:
+        rows, heads, _, head_dim = tensor.shape
+        grown = tensor.new_empty(rows, heads, capacity, head_dim)
+        grown[:, :, : self.length] = tensor[:, :, : self.length]
+        return grown
+
+    def write(
+        self, layer: int, k_BHLQ: torch.Tensor, v_BHLQ: torch.Tensor, positions_L: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write a layer's keys and values at ``positions_L`` and return views of all slots in use, (B, H_kv, length, Q)."""
+        keys, values = self._keys[layer], self._values[layer]
+        keys.index_copy_(2, positions_L, k_BHLQ)
+        values.index_copy_(2, positions_L, v_BHLQ)
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of a layer's slots in use."""
+        return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]

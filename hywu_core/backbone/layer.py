@@ -1,0 +1,127 @@
+"""One decoder layer: attention with rope before the query/key norm, then shared and routed experts (spec section 2).
+
+Parameter names are the published ones below ``model.layers.{i}.``. Masks, positions and caches come from outside.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ..config import BackboneConfig
+from .adapted import AdaptedLinear, Experts
+from .cache import KVCache
+from .rope import rotate
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm: fp32 inside, cast to the input's dtype, then times ``weight``."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Grouped-query attention; qkv_proj's rows come group by group: the group's queries, its key, its value."""
+
+    def __init__(self, config: BackboneConfig):
+        super().__init__()
+        self.kv_heads, self.head_dim = config.num_key_value_heads, config.attention_head_dim
+        self.group = config.num_attention_heads // self.kv_heads
+        self.qkv_proj = AdaptedLinear(config.hidden_size, (self.group + 2) * self.kv_heads * self.head_dim)
+        self.o_proj = AdaptedLinear(self.group * self.kv_heads * self.head_dim, config.hidden_size)
+        self.query_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+        self.key_layernorm = RMSNorm(self.head_dim, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BLD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        mask_LL: torch.Tensor | None,
+        cache: KVCache | None = None,
+        layer: int = 0,
+        positions_L: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend from x to itself, or, with a cache, to everything in it after x's keys and values are written there.
+
+        rope: cos and sin (L, Q) of x's tokens. mask_LL: bool, True = may attend, (L, keys); None = attend to all.
+        """
+        rows, length, _ = x_BLD.shape
+        qkv = self.qkv_proj(x_BLD).view(rows, length, self.kv_heads, self.group + 2, self.head_dim)
+        q, k, v = qkv.split((self.group, 1, 1), dim=3)
+        q_BHLQ = rotate(q.flatten(2, 3).transpose(1, 2), *rope)
+        k_BHLQ = rotate(k.squeeze(3).transpose(1, 2), *rope)
+        v_BHLQ = v.squeeze(3).transpose(1, 2)
+        q_BHLQ, k_BHLQ = self.query_layernorm(q_BHLQ), self.key_layernorm(k_BHLQ)
+        if cache is not None:
+            k_BHLQ, v_BHLQ = cache.write(layer, k_BHLQ, v_BHLQ, positions_L)
+        out_BHLQ = F.scaled_dot_product_attention(
+            q_BHLQ, k_BHLQ, v_BHLQ, attn_mask=mask_LL, enable_gqa=self.group > 1)
+        return self.o_proj(out_BHLQ.transpose(1, 2).reshape(rows, length, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: the first half of gate_and_up_proj is multiplied by the SiLU of the second."""
+
+    def __init__(self, width: int, inner: int):
+        super().__init__()
+        self.gate_and_up_proj = AdaptedLinear(width, 2 * inner)
+        self.down_proj = AdaptedLinear(inner, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        up, gate = self.gate_and_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(up * F.silu(gate))
+
+
+class Router(nn.Module):
+    """Chooses each token's experts; its weight is fp32 whatever the checkpoint's dtype (spec section 1)."""
+
+    def __init__(self, width: int, experts: int, top_k: int):
+        super().__init__()
+        self.wg = nn.Linear(width, experts, bias=False, dtype=torch.float32)
+        self.wg.weight.requires_grad_(False)
+        self.top_k = top_k
+
+    def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(T, D) -> chosen experts (T, K) int64 and their weights (T, K) fp32, which sum to 1."""
+        share_TE = self.wg(x_TD.float()).softmax(dim=-1)
+        weight_TK, expert_TK = share_TE.topk(self.top_k, dim=-1)
+        return expert_TK, weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(1e-8)
+
+
+class MixtureOfExperts(nn.Module):
+    """Shared MLP plus the routed experts. No capacity: every token reaches all of its experts."""
+
+    def __init__(self, config: BackboneConfig, layer: int):
+        super().__init__()
+        self.gate = Router(config.hidden_size, config.num_experts, config.moe_topk[layer])
+        self.shared_mlp = MLP(config.hidden_size, config.moe_intermediate_size[layer] * config.num_shared_expert[layer])
+        self.experts = Experts(config.num_experts, config.hidden_size, config.moe_intermediate_size[layer])
+
+    def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
+        x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
+        routed_TD = self.experts(x_TD, *self.gate(x_TD))
+        return self.shared_mlp(x_BLD) + routed_TD.view(x_BLD.shape)
+
+
+class DecoderLayer(nn.Module):
+    """Pre-norm: h += attention(norm(h)); h += mlp(norm(h))."""
+
+    def __init__(self, config: BackboneConfig, layer: int):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        dense = layer < config.moe_layer_num_skipped
+        self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config, layer)
+
+    def forward(self, hidden_BLD, rope, mask_LL, cache=None, layer=0, positions_L=None) -> torch.Tensor:
+        """(B, L, D) -> (B, L, D); the other arguments as in Attention.forward."""
+        hidden_BLD = hidden_BLD + self.self_attn(
+            self.input_layernorm(hidden_BLD), rope, mask_LL, cache, layer, positions_L)
+        return hidden_BLD + self.mlp(self.post_attention_layernorm(hidden_BLD))

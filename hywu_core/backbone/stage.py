@@ -1,0 +1,56 @@
+"""A stage: a contiguous run of layers with its part of the cache and of the LoRA, on one device.
+
+The backbone is stages in a row, so placement over devices changes which stages there are and no model code. A stage only
+refers to its layers; the parameters are registered once, in the model.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from .cache import KVCache
+from .layer import DecoderLayer
+
+Rope = tuple[torch.Tensor, torch.Tensor]
+
+
+class Stage:
+    """Layers ``first`` .. ``first + len(layers)`` of the backbone."""
+
+    def __init__(self, layers: Sequence[DecoderLayer], first: int):
+        self.layers = list(layers)
+        self.first = first
+
+    @property
+    def device(self) -> torch.device:
+        return self.layers[0].input_layernorm.weight.device
+
+    def new_cache(self, rows: int, capacity: int) -> KVCache:
+        """An empty cache for this stage's layers, on its device."""
+        attention = self.layers[0].self_attn
+        weight = attention.query_layernorm.weight
+        return KVCache(len(self.layers), rows, attention.kv_heads, capacity, attention.head_dim,
+                       device=weight.device, dtype=weight.dtype)
+
+    def run(
+        self,
+        hidden_BLD: torch.Tensor,
+        rope: Rope,
+        mask_LL: torch.Tensor | None,
+        cache: KVCache | None,
+        positions_L: torch.Tensor | None,
+        on_layer: Callable[[int], None],
+    ) -> torch.Tensor:
+        """Hidden states through this stage's layers; inputs are brought to its device once.
+
+        on_layer is called with the layer's index in the backbone after each layer, and may raise to cancel.
+        """
+        device = self.device
+        hidden_BLD = hidden_BLD.to(device)
+        rope = (rope[0].to(device), rope[1].to(device))
+        mask_LL = None if mask_LL is None else mask_LL.to(device)
+        positions_L = None if positions_L is None else positions_L.to(device)
+        for index, layer in enumerate(self.layers):
+            hidden_BLD = layer(hidden_BLD, rope, mask_LL, cache, index, positions_L)
+            on_layer(self.first + index)
+        return hidden_BLD

@@ -1,0 +1,106 @@
+"""Injecting a LoRA into a handle, and attaching it to the modules for as long as a ``with`` block lasts.
+
+``inject`` makes values only. ``attached`` is the single place where a module is touched: it hangs adapters onto the projections on
+entry and takes them off on exit, error and cancel. The weights themselves are never written.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+
+from ...kernels.reference import Adapter
+from ..backbone.model import Backbone
+from ..errors import LoRAError, RequestError
+from ..handle import InjectedLoRA, ModelHandle
+from .value import LoRA
+
+STRENGTH_LIMIT = 4.0
+LISTED = 10
+
+
+def inject(model: ModelHandle, lora: LoRA, strength: float = 1.0) -> ModelHandle:
+    """A new handle that shares all weights with ``model`` and also carries ``lora``; several in a row add up.
+
+    Raises:
+        LoRAError: the LoRA was written for another backbone (both fingerprints), or its targets are not exactly the backbone's.
+        RequestError: the strength is not a number within -4 .. 4.
+    """
+    if not math.isfinite(strength) or abs(strength) > STRENGTH_LIMIT:
+        raise RequestError(f"strength {strength} is outside -{STRENGTH_LIMIT:g} .. {STRENGTH_LIMIT:g}")
+    written_for = lora.provenance.backbone_fingerprint
+    if written_for and written_for != model.fingerprint:
+        raise LoRAError(
+            f"this LoRA was written for the backbone {written_for}, the model loaded is {model.fingerprint}: load that backbone, "
+            "or generate the LoRA again with this one")
+    check_targets(model.backbone, lora)
+    return replace(model, loras=(*model.loras, InjectedLoRA(lora, float(strength))))
+
+
+def check_targets(backbone: Backbone, lora: LoRA) -> None:
+    """Raises LoRAError unless the LoRA has exactly the backbone's projections, each with its shapes: no half-applied LoRA."""
+    wanted = {}
+    for path, target in _targets(backbone):
+        wanted[f"{path}.lora_A"] = target.a_shape(lora.rank)
+        wanted[f"{path}.lora_B"] = target.b_shape(lora.rank)
+    found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in found]
+    problems += [f"surplus {name} {found[name]}" for name in found if name not in wanted]
+    problems += [f"{name}: expected {shape}, found {found[name]}" for name, shape in wanted.items()
+                 if name in found and found[name] != shape]
+    if problems:
+        more = f" (and {len(problems) - LISTED} more)" if len(problems) > LISTED else ""
+        raise LoRAError("this LoRA does not fit the backbone: " + "; ".join(problems[:LISTED]) + more
+                        + ". It was made for another base model: generate it again with this one")
+
+
+@contextmanager
+def attached(model: ModelHandle) -> Iterator[None]:
+    """While the block runs, the handle's LoRAs act in its backbone; afterwards none does, whatever happened inside.
+
+    LoRAs of strength 0 are left out. Raises LoRAError if another block is still holding this backbone.
+    """
+    backbone = model.backbone
+    holding = [name for name, module in backbone.adapted_modules() if module.attached()]
+    if holding:
+        raise LoRAError(f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
+    active = [injected for injected in model.loras if injected.strength != 0.0]
+    try:
+        if active:
+            _attach(backbone, active)
+        yield
+    finally:
+        _detach(backbone)
+
+
+def _attach(backbone: Backbone, active: list[InjectedLoRA]) -> None:
+    for name, module in backbone.adapted_modules():
+        weight = next(module.parameters())
+        for target in module.targets():
+            path = f"{name}.{target.name}".rstrip(".")
+            module.attach(target.name, _adapter(path, active, weight))
+
+
+def _detach(backbone: Backbone) -> None:
+    for _, module in backbone.adapted_modules():
+        for name in module.attached():
+            module.attach(name, None)
+
+
+def _adapter(path: str, active: list[InjectedLoRA], weight: torch.Tensor) -> Adapter:
+    """The LoRAs' A and B of one projection on its device, ranks side by side; strengths go into the scale alone."""
+    a = [injected.lora.tensors[f"{path}.lora_A"].to(weight.device, weight.dtype) for injected in active]
+    b = [injected.lora.tensors[f"{path}.lora_B"].to(weight.device, weight.dtype) for injected in active]
+    scale = [torch.full((injected.lora.rank,), injected.lora.scale * injected.strength) for injected in active]
+    scale_R = torch.cat(scale).to(weight.device)
+    if len(active) == 1:
+        return Adapter(a[0], b[0], scale_R)
+    return Adapter(torch.cat(a, dim=-2), torch.cat(b, dim=-1), scale_R)
+
+
+def _targets(backbone: Backbone):
+    for name, module in backbone.adapted_modules():
+        for target in module.targets():
+            yield f"{name}.{target.name}".rstrip("."), target

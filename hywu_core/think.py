@@ -1,0 +1,103 @@
+"""Step 0 of an edit: the backbone looks at pictures and instruction and writes down what is to be done.
+
+Runs without any LoRA. Owns the prompt, the prefill and the one-token steps; which token follows which is decided in
+``text/reasoning.py``.
+"""
+
+from collections.abc import Callable
+from collections.abc import Sequence as Many
+
+import torch
+from PIL import Image
+
+from .backbone import inputs
+from .backbone.pictures import EncodedPicture, posterior_noise
+from .condition import encode_pictures
+from .handle import ModelHandle
+from .progress import Tick, silent
+from .text.reasoning import plan_reasoning, reason, reasoning_text, sampling_of
+from .text.template import Sequence, text_sequence
+from .vision.pictures import prepare_picture
+
+# Slots that the cache has beyond the prompt before it first grows.
+FIRST_SLOTS = 256
+
+
+@torch.no_grad()
+def think(
+    model: ModelHandle,
+    pictures: Many[Image.Image],
+    instruction: str,
+    *,
+    seed: int = 0,
+    mode: str = "think_recaption",
+    max_new_tokens: int | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    system_prompt: str = "en_unified",
+    on_tick: Tick = silent,
+) -> str:
+    """Thinking text for a request, tags included, for ``encode``'s ``thinking`` (spec section 11).
+
+    Args:
+        mode: "think_recaption" reasons and then rewrites the instruction, "think" only reasons, "recaption" only rewrites.
+        temperature, top_k, top_p, max_new_tokens: None takes the checkpoint's own; temperature 0 is greedy.
+        seed: of the draws and of the sources' latents. Unlike the reference's, the same seed gives the same text.
+        on_tick: a tick a picture and layer of the prompt (a cancel point) and a token.
+
+    Raises: PictureError, PromptError, RequestError.
+    """
+    sources = [prepare_picture(picture, model.config, "stretch") for picture in pictures]
+    plan = plan_reasoning(model.tokenizer, model.generation, mode)
+    sampling = sampling_of(model.generation, temperature, top_k, top_p)
+    sequence = text_sequence(
+        model.tokenizer, model.config, model.generation, instruction, sources, bot_task=mode,
+        system_prompt=model.system_prompts.select(system_prompt, mode))
+    budget = model.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
+    # Positions end where the backbone's do, whatever the budget.
+    budget = min(budget, model.config.max_position_embeddings - sequence.length)
+
+    def stay(done: int, total: int, latent: torch.Tensor | None) -> None:
+        on_tick(0, budget, None)
+
+    vae = model.config.vae
+    noise = posterior_noise(sources, vae.latent_channels, vae.ffactor_spatial, seed)
+    encoded = encode_pictures(model, sources, noise, budget, stay)
+    continuation = Continuation(model, sequence, encoded, lambda layer: stay(0, budget, None))
+    tokens = reason(continuation, plan, sampling, torch.Generator().manual_seed(seed), budget, on_tick)
+    return reasoning_text(model.tokenizer, plan, tokens, model.generation.drop_think)
+
+
+class Continuation:
+    """A one-row sequence that grows token by token against a cache: call it with each new token for what may follow.
+
+    The first call, with None, runs the prompt (``on_layer`` after each of its layers); every later one runs one token.
+    """
+
+    def __init__(
+        self,
+        model: ModelHandle,
+        sequence: Sequence,
+        pictures: Many[EncodedPicture],
+        on_layer: Callable[[int], None] = lambda layer: None,
+    ):
+        self._backbone, self._sequence, self._pictures, self._on_layer = model.backbone, sequence, pictures, on_layer
+        self._length = sequence.length
+        self._caches = self._backbone.new_cache(1, self._length + FIRST_SLOTS)
+
+    @torch.no_grad()
+    def __call__(self, token: int | None) -> torch.Tensor:
+        """Raw scores (1, V), fp32, of what follows ``token`` (None: of what follows the prompt)."""
+        backbone = self._backbone
+        if token is None:
+            hidden_BLD = backbone.run(
+                inputs.embed(backbone, self._sequence, self._pictures), inputs.rope_table(backbone, self._sequence),
+                inputs.mask(backbone, self._sequence), self._caches, on_layer=self._on_layer)
+        else:
+            position_L = torch.tensor([self._length])
+            token_BL = torch.tensor([[token]], device=backbone.device)
+            hidden_BLD = backbone.run(
+                backbone.model.wte(token_BL), inputs.text_rope(backbone, self._length), None, self._caches, position_L)
+            self._length += 1
+        return backbone.logits(hidden_BLD[:, -1:])[:, 0]

@@ -1,0 +1,87 @@
+"""The specification of adapted projections, in plain torch: linears and routed experts with an un-merged LoRA.
+
+Owns the arithmetic (spec sections 2 and 3); owns no weights and no routing decision. Runs on any device and dtype, is
+differentiable, and is what every fused kernel is compared with. The law: ``W x + s · B (A x)``, never ``(W + s B A) x``.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+
+class Adapter(NamedTuple):
+    """The LoRA of one projection on the device of its weight.
+
+    ``a``: (R, I) or (E, R, I); ``b``: (O, R) or (E, O, R); ``scale``: (R,) fp32, what multiplies each rank (alpha / rank · strength;
+    bf16 would round a strength of 0.3 by 0.3 %).
+    Several LoRAs on one projection are one Adapter with their ranks side by side, so a changed strength touches ``scale`` only.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: torch.Tensor
+
+
+def adapted_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
+    """``x Wᵀ + (s · x Aᵀ) Bᵀ`` with a single rounding of the sum (addmm accumulates in fp32 for bf16 inputs).
+
+    x_TI: (T, I), weight_OI: (O, I); returns (T, O) in the dtype of x.
+    """
+    y_TO = x_TI @ weight_OI.mT
+    if adapter is None:
+        return y_TO
+    u_TR = ((x_TI @ adapter.a.mT) * adapter.scale).to(x_TI.dtype)
+    return torch.addmm(y_TO, u_TR, adapter.b.mT)
+
+
+def expert_mlp(
+    x_TD: torch.Tensor,
+    gate_and_up_EFD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    expert_TK: torch.Tensor,
+    weight_TK: torch.Tensor,
+    up: Adapter | None = None,
+    gate: Adapter | None = None,
+    down: Adapter | None = None,
+) -> torch.Tensor:
+    """The routed part of a mixture of experts, ``sum_k weight_k · down(up(x) · silu(gate(x)))``, with a LoRA on each projection.
+
+    Args:
+        x_TD: (T, D) tokens.
+        gate_and_up_EFD: (E, 2F, D); the first F rows are *up* (multiplied), the last F rows *gate* (SiLU), spec section 2.
+        down_EDF: (E, D, F).
+        expert_TK, weight_TK: (T, K) chosen experts (int64) and their weights, which multiply after the down projection.
+        up, gate, down: the LoRA's w3, w1 and w2, stacked over experts.
+
+    Returns: (T, D) in the dtype of x. Tokens of one expert are contiguous while it works; experts without tokens cost nothing.
+    """
+    tokens, top_k = expert_TK.shape
+    order_P = torch.argsort(expert_TK.reshape(-1), stable=True)  # P = T·K pairs of a token and one of its experts
+    counts = torch.bincount(expert_TK.reshape(-1), minlength=gate_and_up_EFD.shape[0]).tolist()
+    x_PD = x_TD[order_P // top_k]
+    parts = []
+    for expert, x_pD in enumerate(x_PD.split(counts)):
+        if not len(x_pD):
+            continue
+        up_pF, gate_pF = (x_pD @ gate_and_up_EFD[expert].mT).chunk(2, dim=-1)
+        if up is not None:
+            up_pF = _add_lora(up_pF, x_pD, up, expert)
+        if gate is not None:
+            gate_pF = _add_lora(gate_pF, x_pD, gate, expert)
+        hidden_pF = up_pF * F.silu(gate_pF)
+        y_pD = hidden_pF @ down_EDF[expert].mT
+        if down is not None:
+            y_pD = _add_lora(y_pD, hidden_pF, down, expert)
+        parts.append(y_pD)
+    y_PD = torch.cat(parts)
+    # Back to the order of the tokens, then one sum over each token's experts: no atomics, the same bits every time.
+    place_P = torch.empty_like(order_P)
+    place_P[order_P] = torch.arange(len(order_P), device=order_P.device)
+    y_TKD = y_PD[place_P].view(tokens, top_k, -1)
+    return (y_TKD * weight_TK.to(x_TD.dtype).unsqueeze(-1)).sum(dim=1)
+
+
+def _add_lora(y_pO: torch.Tensor, x_pI: torch.Tensor, adapter: Adapter, expert: int) -> torch.Tensor:
+    u_pR = ((x_pI @ adapter.a[expert].mT) * adapter.scale).to(x_pI.dtype)
+    return torch.addmm(y_pO, u_pR, adapter.b[expert].mT)
