@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable
 from fnmatch import fnmatchcase
 
-import numpy
 import torch
 
 from ..errors import CheckpointError
@@ -38,15 +37,15 @@ def fingerprint(shards: Shards, names: Callable[[str], bool]) -> str:
         if not entry.dtype.is_floating_point:
             raise CheckpointError(f"{entry.file}: '{name}' is stored as {entry.dtype}, expected a float dtype: use the "
                                   f"published bf16 folder")
-        stored = torch.empty(entry.shape, dtype=entry.dtype)
+        stored = torch.empty(entry.nbytes // entry.dtype.itemsize, dtype=entry.dtype)
         with open(entry.file, "rb") as handle:
             handle.seek(entry.offset)
-            count = handle.readinto(memoryview(stored.view(-1).view(torch.uint8).numpy())) if entry.nbytes else 0
+            count = handle.readinto(memoryview(stored.view(torch.uint8).numpy())) if entry.nbytes else 0
         if count != entry.nbytes:
             raise CheckpointError(f"{entry.file} is cut off: '{name}' needs {entry.nbytes} bytes, {count} are there; download "
                                   f"it again")
         digest.update(f"{name}{list(entry.shape)}\n".encode())
-        digest.update(numpy.ascontiguousarray(stored.float().numpy(), dtype="<f4").data)
+        digest.update(stored.float().numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()[:16]
 
 

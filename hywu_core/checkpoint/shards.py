@@ -20,6 +20,7 @@ from ..errors import CheckpointError
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
+MAX_NAME_LENGTH = 256
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -96,7 +97,7 @@ def _find_index(folder: Path) -> Path | None:
 def _single_file(folder: Path) -> Path:
     if (folder / "model.safetensors").is_file():
         return folder / "model.safetensors"
-    found = sorted(folder.glob("*.safetensors"))
+    found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
     if len(found) == 1:
         return found[0]
     if found:
@@ -116,9 +117,11 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not shard or shard in (".", "..") or any(mark in shard for mark in "/\\:\0"):
             raise CheckpointError(f"{index}: tensor '{name}' is said to lie in {shard!r}, expected the name of a file in the "
                                   f"same folder: do not use this checkpoint")
-        if not (index.parent / shard).is_file():
-            raise CheckpointError(f"{index.name} lists {len(set(map(str, weight_map.values())))} shards, but "
-                                  f"{index.parent / shard} is missing: download it")
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
+    if absent:
+        raise CheckpointError(f"{index} lists {len(shards)} shards, {len(absent)} of them are missing: "
+                              f"{', '.join(absent[:10])}: download them")
     return weight_map
 
 
@@ -163,6 +166,9 @@ def _entry(name: str, raw: Any, file: Path, start: int) -> TensorEntry:
     def natural(values: Any) -> bool:
         return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
+    if len(name) > MAX_NAME_LENGTH or not name.isprintable():
+        raise CheckpointError(f"{file}: a tensor is named {name[:MAX_NAME_LENGTH]!r}, expected at most {MAX_NAME_LENGTH} "
+                              f"printable characters: do not use this checkpoint")
     shape, offsets = (raw.get("shape"), raw.get("data_offsets")) if isinstance(raw, dict) else (None, None)
     if not natural(shape) or not natural(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
         raise CheckpointError(f"{file}: '{name}' has shape {shape} and data_offsets {offsets}, expected natural numbers and "
