@@ -119,39 +119,40 @@ def _dtype(dtype: torch.dtype) -> str:
 def _materialise(module: nn.Module, device: torch.device) -> None:
     """Give memory to every meta parameter and persistent buffer, in place; shared parameters stay shared.
 
-    Not ``module.to_empty``: that would also wipe the buffers that modules computed themselves.
+    Not ``module.to_empty``: that would also wipe the buffers that modules computed themselves, and ``empty_like`` of a meta
+    tensor imports 30 MB of Python.
     """
     made: dict[int, Tensor] = {}
     for path, part in module.named_modules():
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=False)
+                    memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    made[id(parameter)] = nn.Parameter(memory, requires_grad=False)
                 part._parameters[name] = made[id(parameter)]
         for name, buffer in part._buffers.items():
             if buffer is not None and buffer.is_meta:
                 if name in part._non_persistent_buffers_set:
-                    raise RuntimeError(f"buffer '{path}.{name}' is on meta and in no checkpoint: {type(part).__name__} must "
-                                       f"compute it outside the meta context")
-                part._buffers[name] = torch.empty_like(buffer, device=device)
+                    raise RuntimeError(f"buffer '{name}' of {path or 'the model'} ({type(part).__name__}) is on meta and in no "
+                                       f"checkpoint: compute it outside the meta context")
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
 
 
 def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, bounce: Tensor) -> Iterator[int]:
     """Read one tensor into ``place`` chunk by chunk, each checked for NaN and Inf while hot; yields the bytes of each chunk."""
     handle.seek(entry.offset)
     itemsize = entry.dtype.itemsize
+    on_cpu = place.device.type == "cpu"
     for run in _runs(place.detach()):
-        direct = run.device.type == "cpu" and run.is_contiguous() and run.dtype == entry.dtype
+        direct = on_cpu and run.is_contiguous() and run.dtype == entry.dtype
         for target in run.split(CHUNK_BYTES // itemsize):
             chunk = target if direct else bounce[:target.numel() * itemsize].view(entry.dtype)
             _read_into(handle, chunk, name, entry)
-            nbytes = chunk.nbytes
-            # Converted before the check, because a sound bf16 value may be Inf in fp16.
-            chunk = chunk.to(place.dtype)
-            _check_finite(chunk, name, entry)
             if not direct:
                 target.copy_(chunk)
-            yield nbytes
+            # Checked as it is kept, not as it was stored: a sound bf16 value may be Inf in fp16.
+            _check_finite(target if on_cpu else chunk.to(place.dtype), name, entry)
+            yield chunk.nbytes
 
 
 def _runs(place: Tensor) -> Iterator[Tensor]:
