@@ -66,7 +66,7 @@ def load_picture(path: Path | str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise PictureError(f"{path}: {error}; scale the picture down first") from None
     except Image.UnidentifiedImageError:
-        raise PictureError(f"{path} ({path.stat().st_size} bytes) is no picture that can be read: save it as PNG or JPEG") from None
+        raise PictureError(f"{path} ({path.stat().st_size} bytes) is not a picture: choose a PNG, JPEG or WebP file") from None
     except _DAMAGED as error:
         raise PictureError(f"{path} cannot be read ({error}): save it again as PNG or JPEG") from None
     with opened:
@@ -84,13 +84,13 @@ def upright_rgb(image: Image.Image, name: str = "the picture") -> Image.Image:
     """
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise PictureError(f"{name} has {width} x {height} pixels, {width * height} in all; at most {MAX_PIXELS} are read: scale it down")
-    if min(width, height) < MIN_SIDE:
-        raise PictureError(f"{name} is {width} x {height} pixels, each side must have at least {MIN_SIDE}: scale it up")
-    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise PictureError(f"{name} is {width} x {height} pixels, at most {MAX_PIXELS} in all are read: scale it down")
+    if max(width, height) > MAX_ASPECT * min(width, height) > 0:
         raise PictureError(
             f"{name} is {width} x {height} pixels, a ratio of {max(width, height) / min(width, height):.5g}:1; "
             f"at most {MAX_ASPECT:g}:1 fits the sizes that the model knows: crop it")
+    if min(width, height) < MIN_SIDE:
+        raise PictureError(f"{name} is {width} x {height} pixels, each side must have at least {MIN_SIDE}: choose a larger one")
     try:
         image.load()
         return _flatten(ImageOps.exif_transpose(image), name)
@@ -141,10 +141,12 @@ def prepare_picture(image: Image.Image, config: BackboneConfig, fit: str) -> Sou
         raise ValueError(f"fit is {fit!r}, it must be 'crop' or 'stretch'")
     patch = config.vit.get("patch_size", 16)
     patches, mask, grid = _patches(resize_for_vit(image, patch, config.vit_max_num_patches), patch, config.vit_max_num_patches)
-    digest = hashlib.sha256(f"{width}x{height}:".encode() + image.tobytes()).hexdigest()
+    digest = hashlib.sha256(f"{width}x{height}:".encode())
+    digest.update(image.tobytes())
     return SourcePicture(
         pixels_chw=(_bytes_chw(fitted).float() / 255 - 0.5) / 0.5,
-        bucket=bucket, patches=patches, patch_mask=mask, grid=grid, original_hw=(height, width), digest=digest)
+        bucket=bucket, patches=patches, patch_mask=mask, grid=grid, original_hw=(height, width),
+        digest=digest.hexdigest())
 
 
 def _crop(image: Image.Image, bucket: Bucket) -> Image.Image:
@@ -168,8 +170,8 @@ def vit_size(height: int, width: int, patch: int, max_patches: int) -> tuple[int
     """The (height, width) to which SigLIP2 resizes: about the picture's ratio, whole patches, at most ``max_patches`` of them.
 
     The scale is found by bisection between 1e-6 and 100 to a width of 1e-5: these numbers are part of the definition, because
-    the result is rounded up to whole patches. (Facts from transformers' ``get_image_size_for_max_num_patches``, Apache-2.0, which
-    cannot be imported in 5.x without torchvision; the tests compare.)
+    the result is rounded up to whole patches. (Facts from transformers' ``get_image_size_for_max_num_patches``, Apache-2.0,
+    which lies in another module in 5.x than in 4.57; the tests compare.)
     """
 
     def cells(scale: float) -> tuple[int, int]:
