@@ -1,7 +1,7 @@
 """The configurations of a published backbone folder and generator folder as frozen values.
 
-Owns reading and checking ``config.json`` and ``generation_config.json``; knows no tensors. Key names follow the published files
-(spec section 1 and ``real-config``); where Instruct's generation_config lacks a key, the defaults of section "SOURCES" are used.
+Owns reading and checking ``config.json`` and ``generation_config.json``; knows no tensors. Key names and defaults follow the
+published files (spec section 1).
 """
 
 import json

@@ -13,8 +13,8 @@ from torch.nn import functional as F
 class Adapter(NamedTuple):
     """The LoRA of one projection on the device of its weight.
 
-    ``a``: (R, I) or (E, R, I); ``b``: (O, R) or (E, O, R); ``scale``: (R,) fp32, what multiplies each rank (alpha / rank · strength;
-    bf16 would round a strength of 0.3 by 0.3 %).
+    ``a``: (R, I) or (E, R, I); ``b``: (O, R) or (E, O, R); ``scale``: (R,) fp32, what multiplies each rank (alpha / rank ·
+    strength; bf16 would round a strength of 0.3 by 0.3 %).
     Several LoRAs on one projection are one Adapter with their ranks side by side, so a changed strength touches ``scale`` only.
     """
 
@@ -45,7 +45,7 @@ def expert_mlp(
     gate: Adapter | None = None,
     down: Adapter | None = None,
 ) -> torch.Tensor:
-    """The routed part of a mixture of experts, ``sum_k weight_k · down(up(x) · silu(gate(x)))``, with a LoRA on each projection.
+    """Routed experts with a LoRA on each projection: ``sum_k weight_k · down_k(up_k(x) · silu(gate_k(x)))``.
 
     Args:
         x_TD: (T, D) tokens.

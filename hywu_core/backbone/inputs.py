@@ -1,7 +1,7 @@
 """From a token sequence to the backbone's input embeddings (spec section 7).
 
-Owns what stands where: word embeddings, the tokens of source pictures, and the *canvas*, the run of tokens from ``<timestep>`` to
-the last ``<img>`` of the picture being made, which is all that later denoise steps recompute.
+Owns what stands where: word embeddings, the tokens of source pictures, and the *canvas*, the run of tokens from ``<timestep>``
+to the last ``<img>`` of the picture being made, which is all that later denoise steps recompute.
 """
 
 from collections.abc import Sequence as Many

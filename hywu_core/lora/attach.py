@@ -1,7 +1,7 @@
 """Injecting a LoRA into a handle, and attaching it to the modules for as long as a ``with`` block lasts.
 
-``inject`` makes values only. ``attached`` is the single place where a module is touched: it hangs adapters onto the projections on
-entry and takes them off on exit, error and cancel. The weights themselves are never written.
+``inject`` makes values only. ``attached`` is the single place where a module is touched: it hangs adapters onto the projections
+on entry and takes them off on exit, error and cancel. The weights themselves are never written.
 """
 
 import math
@@ -33,8 +33,8 @@ def inject(model: ModelHandle, lora: LoRA, strength: float = 1.0) -> ModelHandle
     written_for = lora.provenance.backbone_fingerprint
     if written_for and written_for != model.fingerprint:
         raise LoRAError(
-            f"this LoRA was written for the backbone {written_for}, the model loaded is {model.fingerprint}: load that backbone, "
-            "or generate the LoRA again with this one")
+            f"this LoRA was written for the backbone {written_for}, the model loaded is {model.fingerprint}: load that "
+            "backbone, or generate the LoRA again with this one")
     check_targets(model.backbone, lora)
     return replace(model, loras=(*model.loras, InjectedLoRA(lora, float(strength))))
 
@@ -65,7 +65,8 @@ def attached(model: ModelHandle) -> Iterator[None]:
     backbone = model.backbone
     holding = [name for name, module in backbone.adapted_modules() if module.attached()]
     if holding:
-        raise LoRAError(f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
+        raise LoRAError(
+            f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
     active = [injected for injected in model.loras if injected.strength != 0.0]
     try:
         if active:

@@ -111,7 +111,7 @@ def denoise(
 
 
 def canvas_sequence(model: ModelHandle, condition: Condition, bucket: Bucket, guidance: float) -> Sequence:
-    """The sequence that denoising runs on: one row for a distilled backbone or guidance 1, else [conditional, unconditional]."""
+    """The sequence to denoise on: one row for a distilled backbone or guidance 1, else [conditional, unconditional]."""
     rows = 1 if model.config.cfg_distilled or guidance == 1.0 else 2
     return image_sequence(
         model.tokenizer, model.config, model.generation, condition.instruction, condition.pictures, bucket,

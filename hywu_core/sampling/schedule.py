@@ -11,8 +11,8 @@ MAX_STEPS = 1000
 class Schedule:
     """Sigmas from 1 to 0 and the Euler step between them.
 
-    ``sigmas`` (n+1,) and ``timesteps`` (n,) = 1000 · sigma, fp32. diffusers' own default spacing differs from the model's by up to
-    0.6, so the sigmas are given explicitly.
+    ``sigmas`` (n+1,) and ``timesteps`` (n,) = 1000 · sigma, fp32. diffusers' own default spacing differs from the model's by
+    up to 0.6, so the sigmas are given explicitly.
     """
 
     def __init__(self, steps: int, shift: float):
@@ -32,7 +32,7 @@ class Schedule:
         return len(self.timesteps)
 
     def next_timestep(self, step: int) -> torch.Tensor:
-        """The time that step ``step`` leads to, on the 0..1000 scale, (): the last one is 0 (what a mean-flow model is told)."""
+        """The time (), on the 0..1000 scale, that a step leads to; 0 at the last one. What a mean-flow model is told."""
         return self.timesteps[step + 1] if step + 1 < len(self) else torch.zeros(())
 
     def advance(self, step: int, latent_bchw: torch.Tensor, velocity_bchw: torch.Tensor) -> torch.Tensor:

@@ -67,5 +67,5 @@ class Checks:
     def line(self) -> str:
         """The one line that the parity command prints."""
         verdict = "pass" if not self.failures and self.count else "FAIL"
-        return (f"{self.stage:22s} worst {self.worst:.2e}  tolerance {self.tolerance:.0e}  "
-                f"checks {self.count:4d}  {verdict}")
+        tolerance = f"{self.tolerance:.0e}" if self.tolerance else "exact"
+        return f"{self.stage:22s} worst {self.worst:.2e}  tolerance {tolerance:5s}  checks {self.count:4d}  {verdict}"

@@ -1,7 +1,7 @@
 """``make parity CASE=DIR``: runs every stage that a golden case lists and prints one line a stage.
 
 The stage functions lie in ``stages/``, one file per part of the core; this file only finds and runs them. A stage without a
-function is a fail. Exit status 1 on any fail.
+function is a fail. Without a case it runs the committed one. Exit status 1 on any fail.
 """
 
 import sys
@@ -13,6 +13,7 @@ import torch
 
 from .case import Case
 from .checks import Checks
+from .nano import nano_case
 from .stages import backbone, flow, generator, text, vision
 
 StageFunction = Callable[[Case, str, Checks], None]
@@ -49,10 +50,14 @@ def run_case(folder: Path) -> list[Checks]:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1:
-        print("usage: make parity CASE=DIR", file=sys.stderr)
+    if len(arguments) > 1:
+        print("usage: make parity [CASE=DIR]", file=sys.stderr)
         return 2
-    results = run_case(Path(arguments[0]))
+    folder = Path(arguments[0]) if arguments and arguments[0] else nano_case()
+    if not (folder / "golden" / "manifest.json").is_file():
+        print(f"{folder} is no golden case: it has no golden/manifest.json", file=sys.stderr)
+        return 2
+    results = run_case(folder)
     failed = sum(1 for checks in results if checks.failures or not checks.count)
     print(f"{len(results) - failed} passed, {failed} failed")
     return 1 if failed or not results else 0

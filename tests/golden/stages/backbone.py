@@ -1,7 +1,6 @@
 """Golden stages of single backbone parts: adapted projections, attention, embedders, the schedule and TaylorCache."""
 
 import torch
-
 from comfyui_hywu.hywu_core.backbone import rope
 from comfyui_hywu.hywu_core.backbone.cache import KVCache
 from comfyui_hywu.hywu_core.backbone.embedders import sinusoid
@@ -48,7 +47,7 @@ def rope_attention(case: Case, stage: str, checks: Checks) -> None:
     """Rope tables, attention over a full sequence, over re-fed rows with cache overwrite, and over one decoded token."""
     golden, meta = case.tensors(stage), case.meta(stage)
     config, layer = case.model.config, case.model.backbone.model.layers[0]
-    spans = [(tuple(span), tuple(grid)) for span, grid in meta["rope_image_info"][0]]
+    spans = [(tuple(span), tuple(grid)) for span, grid in meta["rope_image_info"]]
     yx_L2 = rope.positions(meta["seq_len"], spans)
     checks.exact("rope.pos_yx", yx_L2, golden["rope.pos_yx"])
     cos_LQ, sin_LQ = rope.table(yx_L2, config.attention_head_dim, config.rope_theta)
@@ -64,9 +63,7 @@ def rope_attention(case: Case, stage: str, checks: Checks) -> None:
     checks.close("input_layernorm", layer.input_layernorm(x_BLD), golden["input_layernorm.out"])
     # The goldens give each row a mask and positions of its own; a request's rows share them, so the rows run one by one.
     for row in range(rows):
-        pick = slice(row, row + 1)
-        cache = KVCache(1, 1, config.num_key_value_heads, length, config.attention_head_dim, device="cpu", dtype=torch.float32)
-        cache.reserve(length)
+        pick, cache = slice(row, row + 1), empty_cache(config, length)
         out = layer.self_attn(x_BLD[pick], tables(everything), golden["attn.mask"][row, 0], cache, 0, everything)
         checks.close(f"attn.out[{row}]", out, golden["attn.out"][pick])
         keys, values = cache.layer(0)
@@ -79,13 +76,23 @@ def rope_attention(case: Case, stage: str, checks: Checks) -> None:
         keys, values = cache.layer(0)
         checks.close(f"attn2.cache_k[{row}]", keys, golden["attn2.cache_k"][pick])
         checks.close(f"attn2.cache_v[{row}]", values, golden["attn2.cache_v"][pick])
-        if row == 0:
-            position = torch.tensor([length])
-            cache.reserve(length + 1)
-            out = layer.self_attn(golden["attn3.x"], tables(position), None, cache, 0, position)
-            checks.close("attn3.out", out, golden["attn3.out"])
         plain = layer(x_BLD[pick], tables(everything), golden["attn.mask"][row, 0])
         checks.close(f"layer.out[{row}]", plain, golden["layer.out"][pick])
+
+
+    # The decoded token follows the first pass, not the one that overwrote parts of its cache.
+    cache, position = empty_cache(config, length), torch.tensor([length])
+    layer.self_attn(x_BLD[:1], tables(everything), golden["attn.mask"][0, 0], cache, 0, everything)
+    cache.reserve(length + 1)
+    out = layer.self_attn(golden["attn3.x"], tables(position), None, cache, 0, position)
+    checks.close("attn3.out", out, golden["attn3.out"])
+
+
+def empty_cache(config, length: int) -> KVCache:
+    """A cache for one layer and one row with ``length`` slots in use."""
+    cache = KVCache(1, 1, config.num_key_value_heads, length, config.attention_head_dim, device="cpu", dtype=torch.float32)
+    cache.reserve(length)
+    return cache
 
 
 def check_embedders(case: Case, checks: Checks) -> None:

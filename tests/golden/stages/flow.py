@@ -1,10 +1,9 @@
-"""Golden stages of the whole flow: thinking, the condition, the ratio, and edits end to end, through the product's own functions."""
+"""Golden stages of the whole flow, through the product's own functions: text, condition, ratio, and edits end to end."""
 
 from dataclasses import replace
 
 import numpy as np
 import torch
-
 from comfyui_hywu.hywu_core import condition as condition_module
 from comfyui_hywu.hywu_core import edit as edit_module
 from comfyui_hywu.hywu_core.backbone import inputs
@@ -20,11 +19,10 @@ from comfyui_hywu.hywu_core.vision.pictures import prepare_picture
 
 from ..case import Case, unpack_mask
 from ..checks import END_TO_END, Checks
-from .backbone import reference_lora
 
 
 def encode_case(case: Case, names: list[str], golden: dict, instruction: str, thinking: str, fit: str):
-    """A condition from golden pictures and golden posterior noise (drawn once a picture; the reference draws it three times)."""
+    """A condition from golden pictures and posterior noise (drawn once a picture; the reference draws it three times)."""
     sources = [prepare_picture(case.image(name), case.model.config, fit) for name in names]
     noise = [golden[f"vae_noise.{index}"][:, :, 0] for index in range(len(sources))]
     return condition_module.encode_sources(case.model, sources, noise, instruction, thinking, 0, "en_unified")
@@ -72,7 +70,10 @@ def whole_edit(case: Case, stage: str, checks: Checks) -> None:
     result = encode_case(case, meta["images"], golden, meta["prompt"], meta["cot_text"] or "", "stretch" if auto else "crop")
     checks.close("condition", result.hidden_SD.unsqueeze(0), golden["condition"], END_TO_END)
     for index, picture in enumerate(result.pictures):
-        checks.close(f"cond_vae_latent.{index}", picture.latent_chw, golden[f"cond_vae_latent.0.{index}"])
+        # Row 0's pictures: a list when there are several of them, one tensor (1, c, h, w) or (rows, c, h, w) when there is one.
+        several = f"cond_vae_latent.0.{index}" in golden
+        wanted = golden[f"cond_vae_latent.0.{index}"] if several else golden["cond_vae_latent.0"]
+        checks.close(f"cond_vae_latent.{index}", picture.latent_chw, wanted.view(-1, *picture.latent_chw.shape)[0])
     model = case.model
     if meta["with_lora"]:
         model = inject(model, write_lora(case.generator, result))
@@ -188,16 +189,22 @@ def greedy_text(case: Case, stage: str, checks: Checks) -> None:
 
 def ratio(case: Case, stage: str, checks: Checks) -> None:
     """The ratio stage: same prefill as the condition, 37 logits, the index of the largest."""
-    golden = case.tensors(stage)
-    # The case dumps no inputs for this stage; they are those of the condition stage with the same tokens.
-    for name in [name for name in case.stages if name.startswith(("i_condition_", "k_"))]:
-        other, meta = case.tensors(name), case.meta(name)
-        if name.startswith("i_condition_") and torch.equal(other["input_ids"], golden["input_ids"]):
-            result = encode_case(case, meta["images"], other, meta["prompt"], meta["cot_text"] or "", "stretch")
+    golden, text = case.tensors(stage), case.meta("h_text_greedy")
+    # The stage dumps its tokens only: pictures, instruction and noise are those of the text stage, and its thinking is that of
+    # whichever other stage gives the same tokens.
+    noise = case.tensors("h_text_greedy")
+    thoughts = {case.meta(name).get("cot_text") or "" for name in case.stages if name.startswith(("i_condition_", "k_"))}
+    sources = [prepare_picture(case.image(name), case.model.config, "stretch") for name in text["images"]]
+    for thinking in sorted(thoughts):
+        sequence = text_sequence(
+            case.model.tokenizer, case.model.config, case.model.generation, text["prompt"], sources, thinking=thinking,
+            bot_task="img_ratio", system_prompt=case.model.system_prompts.select("en_unified", "img_ratio"))
+        if torch.equal(sequence.ids_BL, golden["input_ids"]):
             break
     else:
-        checks.failures.append("no condition stage of this case has the same input_ids")
+        checks.failures.append(f"none of {len(thoughts)} thinking texts gives this stage's input_ids")
         return
+    result = encode_case(case, text["images"], noise, text["prompt"], thinking, "stretch")
     logits_V = case.model.backbone.logits(result.hidden_SD[None, -1:])[0, 0]
     checks.close("logits", logits_V, golden["logits"][0], END_TO_END)
     checks.close("scores", logits_V[list(case.model.tokenizer.ratio_ids)], golden["scores"][0], END_TO_END)
