@@ -33,7 +33,8 @@ class HYWUConditionEncoder(io.ComfyNode):
                                 tooltip="The text from HY-WU Think, or your own. Empty: the instruction alone."),
                 *host.picture_inputs("The picture to edit. Without any picture the instruction describes one to be painted."),
             ],
-            outputs=[sockets.Condition.Output("condition", tooltip="For the Weight Generator and the HY-Image Sampler.")],
+            outputs=[sockets.Condition.Output("condition", display_name="condition",
+                                              tooltip="For the Weight Generator and the HY-Image Sampler.")],
         )
 
     @classmethod

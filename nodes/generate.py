@@ -21,7 +21,8 @@ class HYWUWeightGenerator(io.ComfyNode):
                 sockets.Generator.Input("weight_generator", tooltip="From the HY-WU Generator Loader."),
                 sockets.Condition.Input("condition", tooltip="From the Condition Encoder, made with its own backbone."),
             ],
-            outputs=[sockets.LoRA.Output("lora", tooltip="For the LoRA Injector, or to save. It is kept on the CPU.")],
+            outputs=[sockets.LoRA.Output("lora", display_name="lora",
+                                         tooltip="For the LoRA Injector, or to save. It is kept on the CPU.")],
         )
 
     @classmethod

@@ -6,6 +6,7 @@ The only file besides the nodes themselves that talks to ComfyUI's modules. Owns
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +36,8 @@ MAX_DEPTH = 3
 # A preview shows at most so many latent cells a side: decoding stays cheap next to a denoise step at any size.
 PREVIEW_CELLS = 16
 PREVIEW_PIXELS = 512
+# After a preview, so many times its own duration pass without one: previews take at most a fifth of the time on any machine.
+PREVIEW_PAUSE = 4.0
 
 
 def register_folders() -> None:
@@ -216,11 +219,16 @@ def ticker(vae: VAE | None = None) -> Tick:
     ComfyUI raises InterruptProcessingException inside the update; it passes through the core, which undoes what it attached.
     """
     bar = comfy.utils.ProgressBar(1)
+    next_preview = 0.0
 
     def on_tick(done: int, total: int, latent: torch.Tensor | None = None) -> None:
+        nonlocal next_preview
         preview = None
-        if vae is not None and latent is not None:
+        if vae is not None and latent is not None and time.monotonic() >= next_preview:
+            started = time.monotonic()
             preview = ("JPEG", preview_picture(vae, latent), PREVIEW_PIXELS)
+            ended = time.monotonic()
+            next_preview = ended + PREVIEW_PAUSE * (ended - started)
         bar.update_absolute(done, max(total, 1), preview)
 
     return on_tick

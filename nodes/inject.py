@@ -26,7 +26,8 @@ class HYWULoRAInjector(io.ComfyNode):
                                tooltip="1 is as generated, 0 switches it off, negative values push away from the edit. "
                                        "A change runs only the sampler again."),
             ],
-            outputs=[sockets.Model.Output("model_with_lora", tooltip="For the HY-Image Sampler or another injector.")],
+            outputs=[sockets.Model.Output("model_with_lora", display_name="model_with_lora",
+                                          tooltip="For the HY-Image Sampler or another injector.")],
         )
 
     @classmethod

@@ -33,8 +33,8 @@ class HYWUModelLoader(io.ComfyNode):
                 io.Combo.Input("dtype", options=list(DTYPES), default="checkpoint", tooltip=DTYPE_TOOLTIP),
             ],
             outputs=[
-                sockets.Model.Output("model", tooltip="The backbone, without any LoRA."),
-                io.Vae.Output("vae", tooltip="The backbone's VAE, for VAE Decode and VAE Encode."),
+                sockets.Model.Output("model", display_name="model", tooltip="The backbone, without any LoRA."),
+                io.Vae.Output("vae", display_name="vae", tooltip="The backbone's VAE, for VAE Decode and VAE Encode."),
             ],
         )
 
@@ -70,7 +70,8 @@ class HYWUGeneratorLoader(io.ComfyNode):
                             "hywu-mini/generator comes with the pack and belongs to hywu-mini/backbone."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="checkpoint", tooltip=DTYPE_TOOLTIP),
             ],
-            outputs=[sockets.Generator.Output("weight_generator", tooltip="For the HY-WU Weight Generator.")],
+            outputs=[sockets.Generator.Output(
+                "weight_generator", display_name="weight_generator", tooltip="For the HY-WU Weight Generator.")],
         )
 
     @classmethod

@@ -49,7 +49,7 @@ class HYWULoadLoRA(io.ComfyNode):
                 io.Combo.Input("lora_name", options=host.lora_names(),
                                tooltip="A file in output/hywu_loras (where Save LoRA puts it) or models/hywu_loras."),
             ],
-            outputs=[sockets.LoRA.Output("lora", tooltip="For the LoRA Injector.")],
+            outputs=[sockets.LoRA.Output("lora", display_name="lora", tooltip="For the LoRA Injector.")],
         )
 
     @classmethod

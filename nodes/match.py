@@ -2,10 +2,12 @@
 
 import torch
 from comfy_api.latest import io
+from PIL import Image
 
 from ..hywu_core.condition import Condition
-from ..hywu_core.edit import restore
 from ..hywu_core.handle import ModelHandle
+from ..hywu_core.vision.buckets import Buckets
+from ..hywu_core.vision.pictures import restore_size
 from . import host, sockets
 
 
@@ -25,13 +27,19 @@ class HYWUMatchAspect(io.ComfyNode):
                 sockets.Model.Input("model", tooltip="The backbone it was painted with; it knows the table of sizes."),
                 sockets.Condition.Input("condition", tooltip="The condition it was painted from; it knows the sources."),
             ],
-            outputs=[io.Image.Output("matched", tooltip="The picture in the source picture's ratio.")],
+            outputs=[io.Image.Output("matched", display_name="image", tooltip="The picture in the source picture's ratio.")],
         )
 
     @classmethod
     def execute(cls, image: torch.Tensor, model: ModelHandle, condition: Condition) -> io.NodeOutput:
-        frames = host.frames(image)
-        restored = [restore(model, condition, frame) for frame in frames]
-        if all(after is before for before, after in zip(frames, restored, strict=True)):
-            return io.NodeOutput(image)  # untouched, not even rounded to 8 bits
-        return io.NodeOutput(torch.cat([host.image_tensor(picture) for picture in restored]))
+        buckets = Buckets(model.config.image_base_size)
+        size = tuple(image.shape[1:3])
+        bucket = next((bucket for bucket in buckets.entries if (bucket.height, bucket.width) == size), None)
+        # A picture that something else has resized already, or that needs nothing, is not even rounded to 8 bits.
+        if bucket is None:
+            return io.NodeOutput(image)
+        height, width = restore_size(bucket, [source.original_hw for source in condition.pictures], buckets)
+        if (height, width) == size:
+            return io.NodeOutput(image)
+        resized = [frame.resize((width, height), Image.Resampling.LANCZOS) for frame in host.frames(image)]
+        return io.NodeOutput(torch.cat([host.image_tensor(picture) for picture in resized]))

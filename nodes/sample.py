@@ -38,7 +38,7 @@ class HYImageSampler(io.ComfyNode):
                                tooltip="auto: the ratio that the model itself proposes, usually the source picture's. "
                                        "Otherwise width:height; the nearest of the model's sizes is taken."),
             ],
-            outputs=[io.Latent.Output("latent", tooltip="For VAE Decode with the loader's VAE.")],
+            outputs=[io.Latent.Output("latent", display_name="latent", tooltip="For VAE Decode with the loader's VAE.")],
         )
 
     @classmethod

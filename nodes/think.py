@@ -45,7 +45,8 @@ class HYWUThink(io.ComfyNode):
                 io.Combo.Input("system_prompt", options=SYSTEM_PROMPTS, default="en_unified", tooltip=SYSTEM_PROMPT_TOOLTIP),
                 *host.picture_inputs("The picture to edit. Without any picture the instruction describes one to be painted."),
             ],
-            outputs=[io.String.Output("thinking", tooltip="For the thinking input of the Condition Encoder.")],
+            outputs=[io.String.Output("thinking", display_name="thinking",
+                                      tooltip="For the thinking input of the Condition Encoder.")],
         )
 
     @classmethod

@@ -1,0 +1,162 @@
+"""The shipped graphs through ComfyUI's API: results, caching, branches, and ComfyUI's own VAE nodes."""
+
+import json
+
+import numpy as np
+import pytest
+from comfyui_hywu.hywu_core.vision.buckets import Buckets
+from comfyui_hywu.tests.comfy.graphs import DATA, GRAPHS, node_ids, only, pixels, small_graph
+from PIL import Image
+
+
+@pytest.mark.parametrize("name", ["edit_one_photo", "combine_two", "with_and_without_lora"])
+def test_graph_runs_and_every_long_stage_ticks(server, name):
+    server.forget()
+    graph = small_graph(name)
+    run = server.run(graph)
+    assert run.status == "success", run.error
+    for kind in ("HYWUModelLoader", "HYWUGeneratorLoader", "HYWUThink", "HYWUConditionEncoder", "HYWUWeightGenerator",
+                 "HYImageSampler"):
+        for node in node_ids(graph, kind):
+            assert run.ticks.get(node, 0) >= 2, f"{kind} ticked {run.ticks.get(node, 0)} times"
+    assert run.previews >= len(node_ids(graph, "HYImageSampler"))
+    for node in node_ids(graph, "SaveImage"):
+        assert pixels(server, run, node).std() > 0
+
+
+def test_every_shipped_graph_has_its_twin():
+    workflows = GRAPHS.parents[1] / "workflows"
+    assert {path.name for path in GRAPHS.glob("*.json")} == {path.name for path in workflows.glob("*.json")}
+
+
+def test_lora_changes_the_picture_and_strength_zero_does_not(server):
+    graph = small_graph("with_and_without_lora")
+    with_lora, without = node_ids(graph, "SaveImage")
+    run = server.run(graph)
+    adapted, plain = pixels(server, run, with_lora), pixels(server, run, without)
+    assert (adapted != plain).any()
+    graph[only(graph, "HYWULoRAInjector")]["inputs"]["strength"] = 0.0
+    assert np.array_equal(pixels(server, server.run(graph), with_lora), plain)
+
+
+def test_a_changed_strength_runs_only_the_sampler(server):
+    graph = small_graph("edit_one_photo")
+    assert server.run(graph).status == "success"
+    graph[only(graph, "HYWULoRAInjector")]["inputs"]["strength"] = 0.37
+    run = server.run(graph)
+    assert run.status == "success", run.error
+    ran = {graph[node]["class_type"] for node in run.executed}
+    # The injector makes a value; decoding and saving follow from the new latent.
+    assert ran == {"HYWULoRAInjector", "HYImageSampler", "VAEDecode", "HYWUMatchAspect", "SaveImage"}
+    cached = {graph[node]["class_type"] for data in run.of_type("execution_cached") for node in data["nodes"]}
+    assert {"HYWUModelLoader", "HYWUGeneratorLoader", "HYWUThink", "HYWUConditionEncoder", "HYWUWeightGenerator"} <= cached
+
+
+def two_branches(graph: dict) -> dict:
+    """The A/B graph with a second instruction, condition and LoRA for branch B."""
+    graph = json.loads(json.dumps(graph))
+    samplers = node_ids(graph, "HYImageSampler")
+    for kind, new in (("HYWUConditionEncoder", "101"), ("HYWUWeightGenerator", "102"), ("HYWULoRAInjector", "103")):
+        graph[new] = json.loads(json.dumps(graph[only(graph, kind)]))
+    graph["101"]["inputs"]["instruction"] = "make it gray and cool"
+    graph["102"]["inputs"]["condition"] = ["101", 0]
+    graph["103"]["inputs"] |= {"lora": ["102", 0], "strength": -1.5}
+    graph[samplers[1]]["inputs"] |= {"model": ["103", 0], "condition": ["101", 0]}
+    return graph
+
+
+def without_branch(graph: dict, save: str) -> dict:
+    """The graph without one Save Image node; ComfyUI runs only what the other needs."""
+    return {key: node for key, node in graph.items() if key != save}
+
+
+def test_two_loras_in_one_graph_equal_two_separate_runs(server):
+    graph = two_branches(small_graph("with_and_without_lora"))
+    first, second = node_ids(graph, "SaveImage")
+    server.forget()
+    together = server.run(graph)
+    separate = []
+    for kept, dropped in ((first, second), (second, first)):
+        server.forget()
+        run = server.run(without_branch(graph, dropped))
+        assert len([node for node in run.executed if graph[node]["class_type"] == "HYImageSampler"]) == 1
+        separate.append(pixels(server, run, kept))
+    assert np.array_equal(pixels(server, together, first), separate[0])
+    assert np.array_equal(pixels(server, together, second), separate[1])
+    assert (separate[0] != separate[1]).any()
+
+
+def test_the_same_graph_again_gives_the_same_picture(server):
+    graph = small_graph("edit_one_photo")
+    save = only(graph, "SaveImage")
+    server.forget()
+    first = pixels(server, server.run(graph), save)
+    server.forget()
+    assert np.array_equal(pixels(server, server.run(graph), save), first)
+
+
+def test_a_saved_lora_does_what_the_fresh_one_did_without_the_generator(server):
+    graph = small_graph("edit_one_photo")
+    # The saved-LoRA graph has no thinking: drop it here too, so that only the LoRA's way differs.
+    graph[only(graph, "HYWUConditionEncoder")]["inputs"]["thinking"] = ""
+    save_lora = only(graph, "HYWUSaveLoRA")
+    graph[save_lora]["inputs"]["filename_prefix"] = "hywu_loras/reuse"
+    server.forget()
+    fresh_run = server.run(graph)
+    fresh = pixels(server, fresh_run, only(graph, "SaveImage"))
+    saved = fresh_run.history["outputs"][save_lora]["text"][0]
+    reuse = small_graph("reuse_saved_lora")
+    reuse[only(reuse, "HYWULoadLoRA")]["inputs"]["lora_name"] = saved.rsplit("/", 1)[1]
+    assert not node_ids(reuse, "HYWUGeneratorLoader")
+    server.forget()
+    assert np.array_equal(pixels(server, server.run(reuse), only(reuse, "SaveImage")), fresh)
+
+
+def test_picture_from_text_alone(server):
+    graph = small_graph("with_and_without_lora")
+    for kind in ("HYWUThink", "HYWUConditionEncoder"):
+        del graph[only(graph, kind)]["inputs"]["image_1"]
+    del graph[only(graph, "LoadImage")]
+    run = server.run(graph)
+    for save in node_ids(graph, "SaveImage"):
+        assert pixels(server, run, save).std() > 0
+
+
+def test_comfyuis_own_vae_nodes_take_the_vae(server):
+    """Encode a photo; decode it plainly, tiled in one tile, and in many: one tile gives the same, many the same size."""
+    with Image.open(DATA / "coffee.jpg") as photo:
+        photo.crop((200, 100, 384, 220)).save(server.folder("input") / "small.png")
+    graph = {
+        "1": {"class_type": "HYWUModelLoader", "inputs": {"backbone": "deep/base", "dtype": "checkpoint"}},
+        "2": {"class_type": "LoadImage", "inputs": {"image": "small.png"}},
+        "3": {"class_type": "VAEEncode", "inputs": {"pixels": ["2", 0], "vae": ["1", 1]}},
+        "4": {"class_type": "VAEDecode", "inputs": {"samples": ["3", 0], "vae": ["1", 1]}},
+        "5": {"class_type": "SaveImage", "inputs": {"images": ["4", 0], "filename_prefix": "vae"}},
+    }
+    for number, (tile, overlap) in enumerate(((1024, 64), (64, 16))):
+        decode, save = f"6{number}", f"7{number}"
+        graph[decode] = {"class_type": "VAEDecodeTiled", "inputs": {
+            "samples": ["3", 0], "vae": ["1", 1], "tile_size": tile, "overlap": overlap,
+            "temporal_size": 64, "temporal_overlap": 8}}
+        graph[save] = {"class_type": "SaveImage", "inputs": {"images": [decode, 0], "filename_prefix": "vae_tiled"}}
+    run = server.run(graph)
+    plain = pixels(server, run, "5")
+    # 120 x 184 is cropped to whole latent cells of 16.
+    assert plain.shape == (112, 176, 3)
+    assert np.abs(pixels(server, run, "70").astype(int) - plain).max() <= 1
+    assert pixels(server, run, "71").shape == plain.shape
+
+
+def test_match_aspect_gives_the_source_its_ratio_back(server):
+    """400 x 500 meets the size 112 x 144; 128 x 128 pixels in its own ratio are 114 x 143. Other sizes pass unchanged."""
+    with Image.open(DATA / "coffee.jpg") as photo:
+        photo.crop((0, 0, 500, 400)).save(server.folder("input") / "between.png")
+    graph = small_graph("with_and_without_lora")
+    graph[only(graph, "LoadImage")]["inputs"]["image"] = "between.png"
+    first, second = node_ids(graph, "HYImageSampler")
+    graph[first]["inputs"]["size"] = "5:4"
+    graph[second]["inputs"]["size"] = "1:1"
+    bucket = Buckets(128).nearest(400, 500)
+    assert (bucket.height, bucket.width) == (112, 144)
+    run = server.run(graph)
+    assert [pixels(server, run, node).shape[:2] for node in node_ids(graph, "SaveImage")] == [(114, 143), (128, 128)]
