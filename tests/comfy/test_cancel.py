@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from comfyui_hywu.tests.comfy.graphs import only, pixels, small_graph
 
-# What may still be on its way when the answer to the cancel arrives: the tick that runs, and one in the socket.
-MORE_TICKS = 3
 STEPS = 12
 
 
@@ -57,22 +55,21 @@ def test_cancel_stops_within_a_tick_and_the_next_run_is_right(server, expected, 
 
 
 def test_ticks_after_a_cancel_are_few(server, expected):
-    """Counted while sampling, whose ticks (one a layer) come fastest."""
+    """Counted while sampling, whose ticks (one a layer, milliseconds apart) come fastest."""
     graph = graph_for_cancel()
     node = only(graph, "HYImageSampler")
     graph[node]["inputs"]["seed"] = 7  # not what is cached
-    after = {"cancelled": False, "count": 0}
+    counts = {"answered": None, "ticks": 0}
 
     def cancel_once(message):
         if message["type"] != "progress" or message["data"]["node"] != node:
             return
-        if after["cancelled"]:
-            after["count"] += 1
-        elif message["data"]["value"] >= 2:
+        counts["ticks"] += 1
+        if counts["answered"] is None and message["data"]["value"] >= 2:
             server.interrupt()
-            after["cancelled"] = True
+            counts["answered"] = counts["ticks"]
 
     run = server.run(graph, cancel_once)
     assert run.status == "interrupted"
-    # Messages already sent when the cancel was posted are counted too, so this bounds from above.
-    assert after["count"] <= STEPS * 2, after
+    # An upper bound: ticks that were sent while the cancel was on its way are counted too. A step alone has 24.
+    assert counts["ticks"] - counts["answered"] <= 12, counts
