@@ -12,10 +12,14 @@ from PIL import Image
 
 from .backbone import inputs
 from .backbone.pictures import EncodedPicture, encode_picture, posterior_noise
+from .errors import PictureError
 from .handle import ModelHandle
 from .progress import Tick, silent
 from .text.template import text_sequence
-from .vision.pictures import SourcePicture, prepare_picture
+from .vision.buckets import Buckets
+from .vision.pictures import SourcePicture, prepare_picture, upright_rgb
+
+MAX_PICTURES = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +67,8 @@ def encode(
 
     Raises: PictureError, PromptError.
     """
-    sources = [prepare_picture(picture, model.config, fit) for picture in pictures]
-    vae = model.config.vae
-    noise = posterior_noise(sources, vae.latent_channels, vae.ffactor_spatial, seed)
+    sources = fit_pictures(model, pictures, fit)
+    noise = posterior_noise(model.config.vae, sources, seed)
     return encode_sources(model, sources, noise, instruction, thinking, seed, system_prompt, on_tick)
 
 
@@ -94,9 +97,19 @@ def encode_sources(
         inputs.mask(backbone, sequence),
         on_layer=lambda layer: on_tick(len(sources) + layer + 1, total, None),
     )
-    ratio_V = backbone.logits(hidden_BLD[:, -1:])[0, 0, list(model.tokenizer.ratio_ids)]
+    # A base size whose table has fewer buckets than there are ratio tokens leaves the last tokens without a meaning.
+    ratio_ids = list(model.tokenizer.ratio_ids)[: len(Buckets(model.config.image_base_size))]
+    ratio_V = backbone.logits(hidden_BLD[:, -1:])[0, 0, ratio_ids]
     return Condition(
         hidden_BLD[0], int(ratio_V.argmax()), instruction, thinking, system_prompt, seed, tuple(encoded), model.fingerprint)
+
+
+def fit_pictures(model: ModelHandle, pictures: Sequence[Image.Image], fit: str) -> list[SourcePicture]:
+    """Source pictures fitted to their buckets. Raises PictureError for a bad one, by its number, or too many."""
+    if len(pictures) > MAX_PICTURES:
+        raise PictureError(f"{len(pictures)} pictures given, the backbone takes {MAX_PICTURES} at most: leave some out")
+    upright = [upright_rgb(picture, f"picture {number}") for number, picture in enumerate(pictures, start=1)]
+    return [prepare_picture(picture, model.config, fit) for picture in upright]
 
 
 def encode_pictures(

@@ -14,7 +14,7 @@ from .generator.model import GeneratorHandle, write_lora
 from .handle import ModelHandle
 from .lora.attach import inject
 from .lora.value import LoRA
-from .progress import Tick, silent
+from .progress import silent
 from .sampling.denoise import choose_bucket, sample
 from .think import think
 from .vision.buckets import Buckets

@@ -4,7 +4,7 @@ This is what the socket HYWU_MODEL carries. Injecting returns a new handle that 
 branches of a graph never see each other's LoRA.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,11 +35,11 @@ class InjectedLoRA:
 class ModelHandle:
     """A loaded backbone with its tokenizer and texts, and the LoRAs to attach while it denoises."""
 
-    backbone: Backbone
-    tokenizer: Tokenizer
+    backbone: Backbone = field(repr=False)
+    tokenizer: Tokenizer = field(repr=False)
     config: BackboneConfig
     generation: GenerationConfig
-    system_prompts: SystemPrompts
+    system_prompts: SystemPrompts = field(repr=False)
     fingerprint: str
     loras: tuple[InjectedLoRA, ...] = ()
 

@@ -12,12 +12,12 @@ from PIL import Image
 
 from .backbone import inputs
 from .backbone.pictures import EncodedPicture, posterior_noise
-from .condition import encode_pictures
+from .condition import encode_pictures, fit_pictures
+from .errors import PromptError
 from .handle import ModelHandle
 from .progress import Tick, silent
 from .text.reasoning import plan_reasoning, reason, reasoning_text, sampling_of
 from .text.template import Sequence, text_sequence
-from .vision.pictures import prepare_picture
 
 # Slots that the cache has beyond the prompt before it first grows.
 FIRST_SLOTS = 256
@@ -48,22 +48,24 @@ def think(
 
     Raises: PictureError, PromptError, RequestError.
     """
-    sources = [prepare_picture(picture, model.config, "stretch") for picture in pictures]
+    sources = fit_pictures(model, pictures, "stretch")
     plan = plan_reasoning(model.tokenizer, model.generation, mode)
     sampling = sampling_of(model.generation, temperature, top_k, top_p)
     sequence = text_sequence(
         model.tokenizer, model.config, model.generation, instruction, sources, bot_task=mode,
         system_prompt=model.system_prompts.select(system_prompt, mode))
     budget = model.generation.max_new_tokens if max_new_tokens is None else max_new_tokens
-    # Positions end where the backbone's do, whatever the budget.
-    budget = min(budget, model.config.max_position_embeddings - sequence.length)
+    room = model.config.max_position_embeddings - sequence.length
+    if room < 1:
+        raise PromptError(
+            f"the prompt has {sequence.length} tokens, which leaves none of the backbone's "
+            f"{model.config.max_position_embeddings} positions to think in: shorten the instruction or use fewer pictures")
+    budget = min(budget, room)
 
     def stay(done: int, total: int, latent: torch.Tensor | None) -> None:
         on_tick(0, budget, None)
 
-    vae = model.config.vae
-    noise = posterior_noise(sources, vae.latent_channels, vae.ffactor_spatial, seed)
-    encoded = encode_pictures(model, sources, noise, budget, stay)
+    encoded = encode_pictures(model, sources, posterior_noise(model.config.vae, sources, seed), budget, stay)
     continuation = Continuation(model, sequence, encoded, lambda layer: stay(0, budget, None))
     tokens = reason(continuation, plan, sampling, torch.Generator().manual_seed(seed), budget, on_tick)
     return reasoning_text(model.tokenizer, plan, tokens, model.generation.drop_think)

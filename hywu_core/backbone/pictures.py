@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..config import VAEConfig
 from ..vision.buckets import Bucket
 from ..vision.pictures import SourcePicture
 from .model import Backbone
@@ -53,10 +54,10 @@ def encode_picture(backbone: Backbone, source: SourcePicture, noise_bchw: torch.
     )
 
 
-def posterior_noise(sources: Sequence[SourcePicture], channels: int, factor: int, seed: int) -> list[torch.Tensor]:
+def posterior_noise(config: VAEConfig, sources: Sequence[SourcePicture], seed: int) -> list[torch.Tensor]:
     """The noise (1, c, h, w) of each picture's posterior, drawn on the CPU in picture order from one seed."""
-    generator = torch.Generator().manual_seed(seed)
+    generator, cell = torch.Generator().manual_seed(seed), config.ffactor_spatial
     return [
-        torch.randn(1, channels, source.bucket.height // factor, source.bucket.width // factor, generator=generator)
+        torch.randn(1, config.latent_channels, source.bucket.height // cell, source.bucket.width // cell, generator=generator)
         for source in sources
     ]

@@ -7,7 +7,10 @@ Not ``safetensors.load_file`` and ``load_state_dict``: those hold the mapped pag
 the bytes) and cannot gather the experts of a layer from two shards into one stacked parameter.
 """
 
+import ctypes
 import math
+import mmap
+import sys
 from collections.abc import Iterator
 from io import FileIO
 from itertools import groupby
@@ -34,7 +37,11 @@ QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 CHUNK_BYTES = 8 << 20
 TICK_BYTES = 256 << 20
 MB = 1 << 20
+MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 LISTED = 10
+
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @torch.no_grad()
@@ -147,12 +154,28 @@ def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, b
         direct = on_cpu and run.is_contiguous() and run.dtype == entry.dtype
         for target in run.split(CHUNK_BYTES // itemsize):
             chunk = target if direct else bounce[:target.numel() * itemsize].view(entry.dtype)
+            if on_cpu:
+                _prefault(target)
             _read_into(handle, chunk, name, entry)
             if not direct:
                 target.copy_(chunk)
             # Checked as it is kept, not as it was stored: a sound bf16 value may be Inf in fp16.
             _check_finite(target if on_cpu else chunk.to(place.dtype), name, entry)
             yield chunk.nbytes
+
+
+def _prefault(target: Tensor) -> None:
+    """Ask Linux for the memory behind a 1-D ``target`` in one call; a no-op where that is not possible.
+
+    New memory has no pages yet. Letting the read find that out page by page costs more than the check for NaN does (measured
+    with 2 GB: 1.35 s of CPU time without this, 1.05 s with it, 1.2 s for the bare read).
+    """
+    if _LIBC is not None and target.is_contiguous():
+        # Whole pages only, and none that a neighbour shares.
+        first = -(-target.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        stop = (target.data_ptr() + target.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < stop:
+            _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), MADV_POPULATE_WRITE)  # advice: may be refused
 
 
 def _runs(place: Tensor) -> Iterator[Tensor]:

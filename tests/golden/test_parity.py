@@ -14,7 +14,8 @@ from comfyui_hywu.tests.golden.parity import main, run_stage
 from safetensors.torch import load_file, save_file
 
 LARGE = Path(__file__).resolve().parents[3] / "shared" / "golden"
-CASES = {"nano": None, **{path.name: path for path in sorted(LARGE.glob("*")) if (path / "golden").is_dir() and path.name != "nano"}}
+FOUND = {path.name: path for path in sorted(LARGE.glob("*")) if (path / "golden").is_dir()}
+CASES = {**FOUND, "nano": None}
 
 
 @pytest.fixture(scope="module", params=CASES, ids=str)

@@ -1,0 +1,222 @@
+"""``hywu``: edit a photo, think aloud, or look into a checkpoint or LoRA, from a terminal.
+
+Owns arguments, progress on a terminal and exit codes: 0 done, 1 refused (one line says why and what to do), 2 wrong arguments,
+130 interrupted. The work itself is ``edit.py``'s and ``describe.py``'s.
+"""
+
+import argparse
+import os
+import sys
+import tempfile
+from pathlib import Path
+
+from .errors import HYWUError, RequestError
+
+BUNDLED = Path(__file__).resolve().parent.parent / "models" / "hywu-mini"
+COMMANDS = ("edit", "think", "inspect")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parsers = {"edit": _edit_parser, "think": _think_parser, "inspect": _inspect_parser}
+    if not arguments or arguments[0] not in parsers:
+        wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
+        print(f"usage: hywu {{{','.join(COMMANDS)}}} ...   (hywu COMMAND --help says more)",
+              file=sys.stdout if wants_help else sys.stderr)
+        return 0 if wants_help else 2
+    parser, run = parsers[arguments[0]]()
+    # Intermixed, so that an option may stand between the pictures and the instruction.
+    options = parser.parse_intermixed_args(arguments[1:])
+    if not getattr(options, "pictures", True) and Path(options.instruction).is_file():
+        parser.error(f"{options.instruction} is a file and the only argument: say what is to be done with it")
+    try:
+        run(options)
+    except HYWUError as error:
+        print(f"hywu: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nhywu: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone (`hywu inspect ... | head`); keep Python from complaining when it closes stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return 0
+
+
+class Terminal:
+    """Progress of one stage as a line on stderr: rewritten in place on a terminal, one line a stage elsewhere."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.done = -1
+
+    def __call__(self, done: int, total: int, latent=None) -> None:
+        if done == self.done:
+            return
+        self.done = done
+        if sys.stderr.isatty():
+            print(f"\r{self.name:9s} {done}/{total} ", end="\n" if done == total else "", file=sys.stderr, flush=True)
+        elif done == total:
+            print(f"{self.name:9s} {done}/{total}", file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """End the line of a stage that stops before its total, as thinking does."""
+        if sys.stderr.isatty() and self.done >= 0:
+            print(file=sys.stderr)
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=BUNDLED / "backbone", help="backbone folder (default: the bundled one)")
+    parser.add_argument("--device", default="cpu", help="torch device of the weights (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
+                        help="what to keep and compute weights in (default: float32 on the CPU, else the checkpoint's)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _edit_parser():
+    parser = argparse.ArgumentParser(prog="hywu edit", description="Edit photos as told; without a photo, paint from text.")
+    parser.add_argument("pictures", nargs="*", type=Path, help="up to three source pictures, in the order you speak of them")
+    parser.add_argument("instruction")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="picture file to write (.png, .jpg, .webp)")
+    _model_options(parser)
+    parser.add_argument("--generator", type=Path, default=BUNDLED / "generator",
+                        help="generator folder (default: the bundled one)")
+    parser.add_argument("--lora", type=Path, help="use this saved LoRA, no generator is loaded")
+    parser.add_argument("--no-lora", action="store_true", help="the plain backbone's picture")
+    parser.add_argument("--save-lora", type=Path, help="write the generated LoRA to this file")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the LoRA, -4 to 4 (default: 1)")
+    parser.add_argument("--thinking", help="use this thinking text ('' for none) and do not think")
+    parser.add_argument("--steps", type=int, help="denoise steps (default: the checkpoint's)")
+    parser.add_argument("--guidance", type=float, help="(default: the checkpoint's)")
+    parser.add_argument("--shift", type=float, help="of the noise schedule (default: the checkpoint's)")
+    parser.add_argument("--size", default="auto", help="auto, HEIGHTxWIDTH or WIDTH:HEIGHT (default: auto)")
+    return parser, _edit
+
+
+def _edit(options: argparse.Namespace) -> None:
+    _check_output(options.output)
+    from .edit import edit
+    from .generator.model import load_generator
+    from .lora.attach import inject
+    from .lora.files import load_lora, save_lora
+    from .vision.pictures import load_picture
+
+    pictures = [load_picture(path) for path in options.pictures]
+    model = _load_model(options)
+    generator = None
+    if options.lora:
+        model = inject(model, load_lora(options.lora), options.strength)
+    elif not options.no_lora:
+        generator = load_generator(
+            options.generator, device=options.device, dtype=_dtype(options), on_tick=Terminal("generator"))
+    stages: list[Terminal] = []
+
+    def on_stage(name: str) -> Terminal:
+        if stages:
+            stages[-1].close()
+        stages.append(Terminal(name))
+        return stages[-1]
+
+    result = edit(
+        model, generator, pictures, options.instruction, thinking=options.thinking, steps=options.steps,
+        guidance=options.guidance, shift=options.shift, seed=options.seed, size=options.size, strength=options.strength,
+        on_stage=on_stage)
+    _save_picture(result.picture, options.output)
+    print(f"{options.output}  {result.picture.width} x {result.picture.height}")
+    if result.thinking:
+        print(f"thinking: {result.thinking}")
+    if options.save_lora and result.lora is not None:
+        save_lora(result.lora, options.save_lora)
+        print(f"{options.save_lora}  {result.lora.num_values} values, rank {result.lora.rank}")
+
+
+def _think_parser():
+    parser = argparse.ArgumentParser(prog="hywu think", description="Print what the backbone thinks of an instruction.")
+    parser.add_argument("pictures", nargs="*", type=Path)
+    parser.add_argument("instruction")
+    _model_options(parser)
+    parser.add_argument("--mode", default="think_recaption", choices=("think_recaption", "think", "recaption"))
+    parser.add_argument("--max-new-tokens", type=int)
+    parser.add_argument("--temperature", type=float, help="0 takes the likeliest word each time (default: the checkpoint's)")
+    return parser, _think
+
+
+def _think(options: argparse.Namespace) -> None:
+    from .think import think
+    from .vision.pictures import load_picture
+
+    pictures = [load_picture(path) for path in options.pictures]
+    terminal = Terminal("think")
+    text = think(
+        _load_model(options), pictures, options.instruction, seed=options.seed, mode=options.mode,
+        max_new_tokens=options.max_new_tokens, temperature=options.temperature, on_tick=terminal)
+    terminal.close()
+    print(text)
+
+
+def _inspect_parser():
+    parser = argparse.ArgumentParser(
+        prog="hywu inspect", description="Sizes, dtypes, targets and fingerprints of a checkpoint folder or LoRA file.")
+    parser.add_argument("path", type=Path)
+    return parser, _inspect
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from .describe import describe
+
+    print(describe(options.path))
+
+
+def _load_model(options: argparse.Namespace):
+    from .handle import load_model
+
+    return load_model(options.model, device=options.device, dtype=_dtype(options), on_tick=Terminal("backbone"))
+
+
+def _dtype(options: argparse.Namespace):
+    import torch
+
+    if options.dtype:
+        return getattr(torch, options.dtype)
+    return torch.float32 if options.device == "cpu" else None
+
+
+def _check_output(path: Path) -> None:
+    """Refuse a file that could not be written, before minutes of work. Raises RequestError."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise RequestError(f"{path}: '{path.suffix}' names no picture format; end the name in .png, .jpg or .webp")
+    if not path.absolute().parent.is_dir():
+        raise RequestError(f"{path}: the folder {path.absolute().parent} is not there; make it first")
+
+
+def _save_picture(picture, path: Path) -> None:
+    """Write the picture whole or not at all. Raises RequestError if the disk refuses."""
+    handle, scratch = tempfile.mkstemp(dir=path.absolute().parent, prefix=".hywu-", suffix=path.suffix)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            picture.save(file, format=_format(path))
+            file.flush()
+            os.fsync(file.fileno())
+        # mkstemp makes files that only their owner can read; a picture is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(scratch, 0o666 & ~umask)
+        os.replace(scratch, path)
+    except OSError as error:
+        raise RequestError(f"{path} could not be written ({error}): free some space or choose another folder") from None
+    finally:
+        Path(scratch).unlink(missing_ok=True)
+
+
+def _format(path: Path) -> str:
+    from PIL import Image
+
+    return Image.registered_extensions()[path.suffix.lower()]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
