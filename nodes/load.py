@@ -14,6 +14,13 @@ DTYPE_TOOLTIP = (
     "the memory of bfloat16 and is what a CPU without bfloat16 arithmetic should use.")
 
 
+def _check(name: str, model_type: str, dtype: str) -> bool | str:
+    # ComfyUI checks the choices of v3 combos in the browser only, not what comes through the API.
+    if dtype not in DTYPES:
+        return f"dtype {dtype!r} is none of {', '.join(DTYPES)}"
+    return host.check_checkpoint(name, model_type)
+
+
 class HYWUModelLoader(io.ComfyNode):
     """Backbone folder -> HYWU_MODEL and VAE."""
 
@@ -39,8 +46,8 @@ class HYWUModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backbone: str) -> bool | str:
-        return host.check_checkpoint(backbone, host.BACKBONE)
+    def validate_inputs(cls, backbone: str, dtype: str) -> bool | str:
+        return _check(backbone, host.BACKBONE, dtype)
 
     @classmethod
     def fingerprint_inputs(cls, backbone: str, dtype: str) -> str:
@@ -75,8 +82,8 @@ class HYWUGeneratorLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, generator: str) -> bool | str:
-        return host.check_checkpoint(generator, host.GENERATOR)
+    def validate_inputs(cls, generator: str, dtype: str) -> bool | str:
+        return _check(generator, host.GENERATOR, dtype)
 
     @classmethod
     def fingerprint_inputs(cls, generator: str, dtype: str) -> str:

@@ -132,7 +132,7 @@ def test_a_missing_lora_is_named_with_the_places(server):
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), [
-    ("HYImageSampler", "steps", 0), ("HYImageSampler", "size", "17:3"), ("HYWULoRAInjector", "strength", 4.5)])
+    ("HYImageSampler", "steps", 0), ("HYWUModelLoader", "dtype", "int1"), ("HYWULoRAInjector", "strength", 4.5)])
 def test_values_out_of_range_are_refused(server, kind, name, value):
     graph = small_graph("edit_one_photo")
     graph[only(graph, kind)]["inputs"][name] = value
@@ -149,6 +149,15 @@ def failure(server, graph: dict) -> str:
     run = server.run(graph)
     assert run.status == "error", run.status
     return run.error
+
+
+@pytest.mark.parametrize(("kind", "name", "value"), [
+    ("HYImageSampler", "size", "enormous"), ("HYWUThink", "mode", "dream"), ("HYWUConditionEncoder", "fit", "squeeze")])
+def test_unknown_choices_are_refused(server, kind, name, value):
+    """ComfyUI does not check the choices of v3 combos that come through the API; the core does."""
+    graph = small_graph("edit_one_photo")
+    graph[only(graph, kind)]["inputs"][name] = value
+    assert value in failure(server, graph)
 
 
 def test_an_empty_instruction_is_refused(server):
