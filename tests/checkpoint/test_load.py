@@ -240,3 +240,41 @@ def test_a_cancel_inside_a_tick_passes_through_at_once(save_shards, monkeypatch,
     layer = build()
     load_weights(layer, shards)  # the files are as they were
     assert_loaded(layer, tensors())
+
+
+def test_where_memory_cannot_be_asked_for_in_advance_the_result_is_the_same(save_shards, monkeypatch):
+    monkeypatch.setattr(load_file, "_LIBC", None)  # Windows, macOS
+    value = torch.arange(20_000, dtype=torch.float32)
+    with torch.device("meta"):
+        module = nn.Linear(20_000, 1, bias=False)
+    load_weights(module, open_shards(save_shards({"weight": value[None]})))
+    assert torch.equal(module.weight[0], value)
+
+
+def test_memory_is_asked_for_only_inside_the_tensor(monkeypatch):
+    asked = []
+
+    class Libc:
+        def madvise(self, start, length, advice):
+            asked.append((start.value, length.value))
+            return -1
+
+    monkeypatch.setattr(load_file, "_LIBC", Libc())
+    whole = torch.empty(1 << 20, dtype=torch.uint8)
+    page = load_file.mmap.PAGESIZE
+    target = whole[100:100 + 3 * page]
+    load_file._prefault(target)
+    load_file._prefault(whole[:page // 2])  # less than a page: nothing to ask for
+    load_file._prefault(whole.view(-1, 2)[:, 0])  # strided: its neighbours are not ours
+    (start, length), = asked
+    assert start % page == 0 and length % page == 0 and length >= 2 * page
+    assert target.data_ptr() <= start and start + length <= target.data_ptr() + target.nbytes
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_values_arrive_on_a_gpu(save_shards, stored):
+    layer = build()
+    load_weights(layer, open_shards(save_shards(tensors(stored))), device="cuda")
+    assert layer.norm.device.type == "cuda"
+    assert_loaded(layer.cpu(), tensors(stored))
