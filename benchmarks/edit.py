@@ -1,8 +1,8 @@
 """One whole edit, stage by stage, with and without its LoRA: seconds, and what the LoRA costs as a ratio.
 
-``python -m comfyui_hywu.benchmarks.edit [--model DIR --generator DIR --picture FILE]`` measures the bundled checkpoint on the
-test photo, or, with a golden case's ``base`` and ``pg`` folders, that case. Arms are interleaved in this process; each figure is
-the smallest of the rounds.
+``python -m comfyui_hywu.benchmarks.edit [--model DIR --generator DIR --picture FILE]`` measures the bundled checkpoint and the
+test photo, or a golden case, given its ``base`` and ``pg`` folders. Arms are interleaved in this process; each figure is the
+smallest of the rounds.
 """
 
 import argparse

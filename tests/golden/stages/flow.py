@@ -1,5 +1,6 @@
 """Golden stages of the whole flow, through the product's own functions: text, condition, ratio, and edits end to end."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -211,11 +212,17 @@ def ratio(case: Case, stage: str, checks: Checks) -> None:
     checks.exact("ratio", result.ratio_index, int(golden["sequences"][0, -1]))
 
 
+def pictures_of_sizes(case: Case, listed: str) -> list[str]:
+    """The case's pictures that a dumped argument such as "[<PIL... size=240x240 at 0x7F>]" stands for, by their sizes."""
+    by_size = {case.image(path.stem).size: path.stem for path in sorted((case.folder / "images").glob("*.png"))}
+    return [by_size[int(width), int(height)] for width, height in re.findall(r"size=(\d+)x(\d+)", listed)]
+
+
 def taylor_edit(case: Case, stage: str, checks: Checks) -> None:
     """Eight steps with and without TaylorCache, and which of them were computed in full."""
     golden, meta = case.tensors(stage), case.meta(stage)
     request, options = meta["kw"], meta["taylor"]
-    names = [name for name in ("square",) if (case.folder / "images" / f"{name}.png").is_file()]
+    names = pictures_of_sizes(case, request["image"])
     settings = TaylorSettings(
         interval=options["taylor_cache_interval"], low_order=options["taylor_cache_low_freqs_order"],
         high_order=options["taylor_cache_high_freqs_order"], first_steps=options["taylor_cache_first_enhance_steps"],
