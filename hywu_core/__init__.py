@@ -6,7 +6,7 @@ Tensor names end in capital letters, one per axis, in axis order (the key lives 
     T routed rows (B*L)         K experts a token E experts            F expert width
     N backbone layers           R LoRA rank       I / O in / out width of a LoRA target
     P parameter tokens a layer  C parameter-token width                S condition length   G generator width
-    V vocabulary
+    V vocabulary                W rows of width G a layer inside the generator's blocks
 
 Pictures and latents use lower-case axes as in ``pixels_bchw`` and ``latent_bchw``; module parameters keep the names of the
 published checkpoint. Floors (a file imports from floors below its own only)::

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..checkpoint import generator_fingerprint, load_weights, open_shards
-from ..config import GeneratorConfig
+from ..config import GeneratorConfig, torch_dtype
 from ..errors import CheckpointError, LoRAError
 from ..lora.value import LoRA, Provenance
 from ..progress import Tick, silent
@@ -24,8 +24,6 @@ from .tokens import TokenLayout, detokenise
 
 if TYPE_CHECKING:
     from ..condition import Condition
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 class TokenTransformer(nn.Module):
@@ -127,10 +125,7 @@ def load_generator(
         CheckpointError: the folder is incomplete, damaged or not what its configuration says.
     """
     config = GeneratorConfig.from_folder(Path(folder))
-    if dtype is None:
-        if config.torch_dtype not in DTYPES:
-            raise CheckpointError(f"{folder}: torch_dtype is {config.torch_dtype!r}, expected one of {', '.join(DTYPES)}")
-        dtype = DTYPES[config.torch_dtype]
+    dtype = dtype or torch_dtype(config.torch_dtype)
     shards = open_shards(Path(folder))
     with torch.device("meta"):
         model = ParameterGenerator(config).to(dtype)
