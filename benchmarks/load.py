@@ -17,7 +17,6 @@ time beside them does not. Linux only. --record writes benchmarks/results/load.j
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ from safetensors import safe_open
 from ..hywu_core.backbone.layer import DecoderLayer
 from ..hywu_core.checkpoint import load_weights, open_shards, slots
 from ..hywu_core.config import BackboneConfig, read_json
+from .record import record
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "tests" / "data" / "real-config" / "hunyuanimage3-instruct.config.json"
@@ -153,8 +153,7 @@ def report(found: dict[str, list[dict[str, float]]], cold: bool) -> dict:
     ratios = {key: arms["load"][key] / arms["raw"][key] for key in ("seconds_min", "seconds_median", "cpu_seconds_min")}
     print(f"load / raw: {ratios['seconds_min']:.3f} (min)  {ratios['seconds_median']:.3f} (median)  "
           f"{ratios['cpu_seconds_min']:.3f} (CPU)  goal <= {TIME_GOAL}; peak memory goal <= {MEMORY_GOAL}")
-    return {"gigabytes": size, "cold": cold, "arms": arms, "load_over_raw": ratios, "cores": os.cpu_count(),
-            "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
+    return {"gigabytes": size, "cold": cold, "arms": arms, "load_over_raw": ratios}
 
 
 def main() -> None:
@@ -172,9 +171,7 @@ def main() -> None:
     make_checkpoint(folder, arguments.experts)
     figures = report(measure(folder, arguments.experts, arguments.rounds, arguments.cold), arguments.cold)
     if arguments.record:
-        results = ROOT / "benchmarks" / "results"
-        results.mkdir(exist_ok=True)
-        (results / f"load{'-cold' if arguments.cold else ''}.json").write_text(json.dumps(figures, indent=2) + "\n")
+        record(f"load{'-cold' if arguments.cold else ''}", figures)
 
 
 if __name__ == "__main__":
