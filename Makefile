@@ -39,7 +39,7 @@ $(READY5): $(READY)
 	rm -rf $(TRANSFORMERS5)
 	$(PY) -m pip --disable-pip-version-check freeze --exclude-editable \
 		| grep -v -i -E '^(transformers|tokenizers|huggingface[-_]hub|torch)[ =@]' > $(VENV)/constraints-5.txt
-	$(PIP) --target $(TRANSFORMERS5) -c $(VENV)/constraints-5.txt "transformers>=5,<6"
+	$(PIP) --target $(TRANSFORMERS5) -c $(VENV)/constraints-5.txt "transformers>=5,<6" "huggingface_hub<2"
 	touch $@
 
 demo: setup

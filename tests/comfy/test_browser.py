@@ -97,9 +97,10 @@ def fit_view(page) -> None:
         const right = Math.max(...nodes.map(n => n.pos[0] + n.size[0])) + 40;
         const bottom = Math.max(...nodes.map(n => n.pos[1] + n.size[1])) + 40;
         const w = canvas.canvas.clientWidth, h = canvas.canvas.clientHeight;
-        canvas.ds.scale = Math.min((w - 120) / (right - left), (h - 80) / (bottom - top));
+        // Margins for what lies over the canvas: menus left and above.
+        canvas.ds.scale = Math.min((w - 120) / (right - left), (h - 200) / (bottom - top));
         canvas.ds.offset[0] = -left + 90 / canvas.ds.scale;
-        canvas.ds.offset[1] = -top + 50 / canvas.ds.scale;
+        canvas.ds.offset[1] = -top + 150 / canvas.ds.scale;
         canvas.setDirty(true, true);
     }""")
     page.wait_for_timeout(800)
