@@ -14,16 +14,16 @@ from .rope import rotate
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm: fp32 inside, cast to the input's dtype, then times ``weight``."""
+    """x / rms(x) in fp32, rounded to the dtype of x, times the weight. The weight generator's norm too, with another eps."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(width), requires_grad=False)
+        self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype) * self.weight
+        # Without its weight argument, because the reference rounds before it multiplies by the weight.
+        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
 
 
 class Attention(nn.Module):

@@ -15,24 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..backbone.layer import RMSNorm
 from .rope import RotaryTable, rotate
 
 EPS = 1e-6
 # Tokens that one slice holds: four of the published layers. Their widest activation is 22,064 x 16,384 in bf16 = 0.7 GB, and
 # matrix products of that height still keep an accelerator busy. Not a setting: it changes no result.
 TOKENS_AT_ONCE = 22_064
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to the dtype of x, times the weight."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Without its weight argument, because the reference rounds before it multiplies by the weight.
-        return F.rms_norm(x, x.shape[-1:], eps=EPS) * self.weight
 
 
 class Attention(nn.Module):
@@ -93,10 +82,10 @@ class Block(nn.Module):
         self.self_attn_hw = Attention(width, head_dim)
         self.self_attn_cross = Attention(width, head_dim)
         self.feed_forward = FeedForward(width)
-        self.norm1 = RMSNorm(width)
-        self.norm2 = RMSNorm(width)
-        self.norm3 = RMSNorm(width)
-        self.norm4 = RMSNorm(width)
+        self.norm1 = RMSNorm(width, EPS)
+        self.norm2 = RMSNorm(width, EPS)
+        self.norm3 = RMSNorm(width, EPS)
+        self.norm4 = RMSNorm(width, EPS)
 
     def forward(self, x_BNWG: torch.Tensor, context_BSG: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Returns the new x_BNWG; without gradients and above one slice it is written over the old one."""

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..backbone.layer import RMSNorm
 from ..checkpoint import generator_fingerprint, load_weights, open_shards
 from ..config import GeneratorConfig, torch_dtype
 from ..errors import CheckpointError, LoRAError
 from ..lora.value import LoRA, Provenance
 from ..progress import Tick, silent
-from .blocks import Block, Positions, RMSNorm
+from .blocks import EPS, Block, Positions
 from .rope import rotary_table
 from .tokens import TokenLayout, detokenise
 
@@ -36,10 +37,10 @@ class TokenTransformer(nn.Module):
         piece = config.d_model // config.dim_accumulation
         self.hw_pos = nn.Embedding(layout.num_tokens * config.rank, piece)
         self.layer_pos = nn.Embedding(config.num_base_model_layers, piece)
-        self.norm_input = RMSNorm(config.d_model)
-        self.norm_tokens = RMSNorm(config.d_model)
+        self.norm_input = RMSNorm(config.d_model, EPS)
+        self.norm_tokens = RMSNorm(config.d_model, EPS)
         self.blocks = nn.ModuleList(Block(config.d_model, config.head_dim) for _ in range(config.num_pg_layers))
-        self.norm_final = RMSNorm(config.d_model)
+        self.norm_final = RMSNorm(config.d_model, EPS)
         self.proj_out_A = nn.Linear(piece, config.output_dim)
         self.proj_out_B = nn.Linear(piece, config.output_dim)
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from comfyui_hywu.hywu_core.backbone.layer import RMSNorm
 from comfyui_hywu.hywu_core.config import GeneratorConfig
 from comfyui_hywu.hywu_core.errors import CheckpointError
 from comfyui_hywu.hywu_core.generator import blocks
-from comfyui_hywu.hywu_core.generator.blocks import RMSNorm
 from comfyui_hywu.hywu_core.generator.model import ParameterGenerator
 
 N, P, R, G, C, HEAD, PIECES = 3, 19, 4, 24, 5, 8, 2  # sizes of conftest's configuration; dim_accumulation is 2, too
@@ -122,7 +122,7 @@ def test_gradients_reach_every_weight_whatever_the_slices(model, monkeypatch):
 
 def test_norm_rounds_before_the_weight():
     torch.manual_seed(0)
-    norm, x = RMSNorm(64).to(torch.bfloat16), (3 * torch.randn(50, 64)).to(torch.bfloat16)
+    norm, x = RMSNorm(64, 1e-6).to(torch.bfloat16), (3 * torch.randn(50, 64)).to(torch.bfloat16)
     torch.nn.init.normal_(norm.weight)
     wide = x.float()
     normalised = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).to(torch.bfloat16)
