@@ -107,7 +107,7 @@ class ComfyServer:
             "--disable-auto-launch", "--disable-api-nodes", *self.arguments]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
                 env={**os.environ, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1", **self.environment})
         try:
             self._wait_until_ready()
@@ -130,6 +130,7 @@ class ComfyServer:
                     self.process.wait(STOP_SECONDS)
                 except subprocess.TimeoutExpired:
                     continue
+        self.process.stdin.close()
         self.process = None
 
     def _wait_until_ready(self) -> None:

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import runpy
 import sys
+import threading
 from pathlib import Path
 
 # Where `make setup` puts it: out of sight of everything but this server.
@@ -36,7 +37,18 @@ def mend_torchvision() -> None:
         torchvision.hywu_tests_library = library  # the definitions last as long as this object
 
 
+def end_with_parent() -> None:
+    """End this process when the launcher is gone, however it went: its end of our standard input closes with it."""
+
+    def wait() -> None:
+        sys.stdin.buffer.read()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def main() -> None:
+    end_with_parent()
     folder = os.path.abspath(sys.argv[1])
     mend_torchvision()
     # As `python main.py` inside the folder would have it; our own folder must not shadow ComfyUI's modules.
