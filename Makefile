@@ -29,7 +29,7 @@ setup: $(READY)
 $(READY): requirements.txt tests/comfy/requirements.txt pyproject.toml
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
-	$(PY) -c "import torch; print('torch==' + torch.__version__)" > $(HELD)
+	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(HELD)
 	$(PIP) -c $(HELD) -r requirements.txt -r tests/comfy/requirements.txt
 	test -d .cache/torchvision/torchvision || $(PIP) --no-deps --target .cache/torchvision $(TORCHVISION)
 	$(PIP) --no-deps --no-build-isolation -e .
