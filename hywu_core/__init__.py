@@ -12,5 +12,5 @@ Pictures and latents use lower-case axes as in ``pixels_bchw`` and ``latent_bchw
 published checkpoint. Floors (a file imports from floors below its own only)::
 
     7 cli                        6 edit                       5 sampling, generator
-    4 condition, think, lora     3 handle, backbone, text     2 vision, checkpoint     1 kernels, config, errors, progress
+    4 condition, think, lora     3 handle, backbone, text     2 vision, checkpoint    1 kernels, config, errors, progress, seeds
 """

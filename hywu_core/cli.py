@@ -97,6 +97,11 @@ def _edit_parser():
 
 def _edit(options: argparse.Namespace) -> None:
     _check_output(options.output)
+    if options.save_lora:
+        if options.lora or options.no_lora:
+            raise RequestError("--save-lora saves the LoRA that a generator writes, but --lora and --no-lora load none: "
+                               "leave one of them out")
+        _check_place(options.save_lora)
     from .edit import edit
     from .generator.model import load_generator
     from .lora.attach import inject
@@ -187,10 +192,20 @@ def _check_output(path: Path) -> None:
     """Refuse a file that could not be written, before minutes of work. Raises RequestError."""
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    # Pillow can read more formats than it can write.
+    if path.suffix.lower() not in Image.registered_extensions() or _format(path) not in Image.SAVE:
         raise RequestError(f"{path}: '{path.suffix}' names no picture format; end the name in .png, .jpg or .webp")
+    _check_place(path)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse a name that no file can have, before minutes of work. Raises RequestError."""
+    if "\0" in str(path):
+        raise RequestError(f"{str(path)!r}: a file name cannot hold a NUL byte; choose another name")
     if not path.absolute().parent.is_dir():
         raise RequestError(f"{path}: the folder {path.absolute().parent} is not there; make it first")
+    if path.is_dir():
+        raise RequestError(f"{path} is a folder; give the name of a file in it")
 
 
 def _save_picture(picture, path: Path) -> None:

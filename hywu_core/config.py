@@ -34,6 +34,8 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: the folder is no complete checkpoint; download it again") from None
+    except OSError as error:  # the folder is a file, the file is a folder, or it may not be read
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from None
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, numbers of thousands of digits
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
     if not isinstance(value, dict):

@@ -12,10 +12,10 @@ from PIL import Image
 from .condition import Condition, encode
 from .generator.model import GeneratorHandle, write_lora
 from .handle import ModelHandle
-from .lora.attach import inject
+from .lora.attach import check_strength, inject
 from .lora.value import LoRA
 from .progress import silent
-from .sampling.denoise import choose_bucket, sample
+from .sampling.denoise import check_request, choose_bucket, sample
 from .think import think
 from .vision.buckets import Buckets
 from .vision.pictures import restore_size
@@ -58,6 +58,8 @@ def edit(
 
     Raises: PictureError, PromptError, RequestError, LoRAError.
     """
+    check_request(model, steps, guidance, shift, seed, size)
+    check_strength(strength)
     if thinking is None:
         thinking = think(model, pictures, instruction, seed=seed, on_tick=on_stage("think"))
     fit = "stretch" if size == "auto" else "crop"

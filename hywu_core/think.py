@@ -16,6 +16,7 @@ from .condition import encode_pictures, fit_pictures
 from .errors import PromptError
 from .handle import ModelHandle
 from .progress import Tick, silent
+from .seeds import seeded
 from .text.reasoning import plan_reasoning, reason, reasoning_text, sampling_of
 from .text.template import Sequence, text_sequence
 
@@ -67,7 +68,7 @@ def think(
 
     encoded = encode_pictures(model, sources, posterior_noise(model.config.vae, sources, seed), budget, stay)
     continuation = Continuation(model, sequence, encoded, lambda layer: stay(0, budget, None))
-    tokens = reason(continuation, plan, sampling, torch.Generator().manual_seed(seed), budget, on_tick)
+    tokens = reason(continuation, plan, sampling, seeded(seed), budget, on_tick)
     return reasoning_text(model.tokenizer, plan, tokens, model.generation.drop_think)
 
 

@@ -92,3 +92,35 @@ def test_help_is_quick():
         "from p.hywu_core.cli import main\n"
         "assert main(['--help']) == 0 and 'torch' not in sys.modules\n")
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(("extra", "says"), [
+    (["--device", "nonsense"], "device 'nonsense'"),
+    (["--device", ""], "device ''"),
+    (["--device", "meta"], "holds no values"),
+    (["--seed", str(2**70)], "out of range"),
+    (["--steps", "0"], "0 steps"),
+    (["--strength", "nan"], "strength nan"),
+    (["--size", "0x0"], "0 x 0"),
+    (["--model", "{photo}"], "cannot be read"),
+    (["-o", "{folder}/out.psd"], "names no picture format"),
+    (["-o", "{folder}/folder.png"], "is a folder"),
+    (["-o", "{folder}/a\0.png"], "NUL"),
+    (["--save-lora", "{folder}/none/l.safetensors"], "is not there"),
+    (["--save-lora", "{folder}/l.safetensors", "--no-lora"], "--save-lora"),
+])
+def test_a_bad_request_is_one_line_before_any_work(files, capsys, monkeypatch, extra, says):
+    photo, out, models = files
+    (out.parent / "folder.png").mkdir()
+    monkeypatch.setattr("comfyui_hywu.hywu_core.edit.think", lambda *_, **__: pytest.fail("it thought first"))
+    extra = [text.format(photo=photo, folder=out.parent) for text in extra]
+    assert main(["edit", str(photo), "brighter", "-o", str(out), *models, *extra]) == 1
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("hywu: ") and says in last
+    assert not out.exists()
+
+
+def test_bytes_that_are_no_text_are_refused(files, capsys):
+    photo, out, models = files
+    assert main(["edit", str(photo), "a\udc80b", "-o", str(out), *models, "--thinking", ""]) == 1
+    assert "no text" in capsys.readouterr().err

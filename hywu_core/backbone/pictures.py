@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from ..config import VAEConfig
+from ..seeds import seeded
 from ..vision.buckets import Bucket
 from ..vision.pictures import SourcePicture
 from .model import Backbone
@@ -55,8 +56,11 @@ def encode_picture(backbone: Backbone, source: SourcePicture, noise_bchw: torch.
 
 
 def posterior_noise(config: VAEConfig, sources: Sequence[SourcePicture], seed: int) -> list[torch.Tensor]:
-    """The noise (1, c, h, w) of each picture's posterior, drawn on the CPU in picture order from one seed."""
-    generator, cell = torch.Generator().manual_seed(seed), config.ffactor_spatial
+    """The noise (1, c, h, w) of each picture's posterior, drawn on the CPU in picture order from one seed.
+
+    Raises: RequestError for a seed of more than 64 bits.
+    """
+    generator, cell = seeded(seed), config.ffactor_spatial
     return [
         torch.randn(1, config.latent_channels, source.bucket.height // cell, source.bucket.width // cell, generator=generator)
         for source in sources

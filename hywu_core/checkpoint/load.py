@@ -18,7 +18,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RequestError
 from ..progress import Tick, silent
 from .shards import Shards, TensorEntry
 from .slots import slots
@@ -53,12 +53,14 @@ def load_weights(module: nn.Module, shards: Shards, *, skip: frozenset[str] = fr
     ``on_tick`` counts MB, about every 256 MB; what it raises (a cancel) passes through.
 
     Raises:
+        RequestError: there is no such device.
         CheckpointError: names, shapes or dtypes do not match (before a byte is read; all of them listed), a file is shorter
             than its header says, or a tensor holds NaN or Inf.
     """
+    device = usable_device(device)
     refuse_foreign_formats(shards)
     _check(slots(module), shards, skip)
-    _materialise(module, torch.device(device))
+    _materialise(module, device)
     places = slots(module)
     wanted = [(name, entry) for name, entry in shards.entries.items() if name not in skip]
     wanted.sort(key=lambda item: (item[1].file.name, item[1].offset))
@@ -75,6 +77,20 @@ def load_weights(module: nn.Module, shards: Shards, *, skip: frozenset[str] = fr
                         ticked = done
                         on_tick(done // MB, -(-total // MB), None)
     on_tick(-(-total // MB), -(-total // MB), None)
+
+
+def usable_device(name: torch.device | str) -> torch.device:
+    """The device of that name, tried out. Raises RequestError if this machine or this torch has no such device."""
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
+        said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        raise RequestError(f"the device {str(name)!r} cannot be used here ({said}): choose 'cpu', or 'cuda' where torch "
+                           f"finds a GPU (it finds {torch.cuda.device_count()})") from None
+    if device.type == "meta":
+        raise RequestError("the device 'meta' holds no values, so nothing can be loaded there: choose 'cpu' or 'cuda'")
+    return device
 
 
 def refuse_foreign_formats(shards: Shards) -> None:

@@ -28,8 +28,7 @@ def inject(model: ModelHandle, lora: LoRA, strength: float = 1.0) -> ModelHandle
         LoRAError: the LoRA was written for another backbone (both fingerprints), or its targets are not exactly the backbone's.
         RequestError: the strength is not a number within -4 .. 4.
     """
-    if not math.isfinite(strength) or abs(strength) > STRENGTH_LIMIT:
-        raise RequestError(f"strength {strength} is outside -{STRENGTH_LIMIT:g} .. {STRENGTH_LIMIT:g}")
+    check_strength(strength)
     written_for = lora.provenance.backbone_fingerprint
     if written_for and written_for != model.fingerprint:
         raise LoRAError(
@@ -37,6 +36,12 @@ def inject(model: ModelHandle, lora: LoRA, strength: float = 1.0) -> ModelHandle
             "backbone, or generate the LoRA again with this one")
     check_targets(model.backbone, lora)
     return replace(model, loras=(*model.loras, InjectedLoRA(lora, float(strength))))
+
+
+def check_strength(strength: float) -> None:
+    """Raises RequestError unless the strength is a number within -4 .. 4."""
+    if not math.isfinite(strength) or abs(strength) > STRENGTH_LIMIT:
+        raise RequestError(f"strength {strength} is outside -{STRENGTH_LIMIT:g} .. {STRENGTH_LIMIT:g}: choose one within")
 
 
 def check_targets(backbone: Backbone, lora: LoRA) -> None:

@@ -14,6 +14,7 @@ from ..errors import LoRAError, RequestError
 from ..handle import ModelHandle
 from ..lora.attach import attached
 from ..progress import Tick, silent
+from ..seeds import seeded
 from ..text.template import Sequence, image_sequence
 from ..vision.buckets import Bucket, Buckets
 from .guidance import guide
@@ -47,13 +48,12 @@ def sample(
     Raises: RequestError for settings out of range; LoRAError if the condition is another backbone's.
     """
     check_condition(model, condition)
-    schedule = Schedule(_or(steps, model.generation.diff_infer_steps), _or(shift, model.generation.flow_shift))
-    guidance = check_guidance(_or(guidance, model.generation.diff_guidance_scale))
+    schedule, guidance = settings(model, steps, guidance, shift)
     bucket = choose_bucket(model, condition, size)
     factor = model.config.vae.ffactor_spatial
     shape = (1, model.config.vae.latent_channels, bucket.height // factor, bucket.width // factor)
     # The noise is rounded to bf16 as in the published pipeline.
-    noise_bchw = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().float()
+    noise_bchw = torch.randn(shape, generator=seeded(seed)).bfloat16().float()
     sequence = canvas_sequence(model, condition, bucket, guidance)
     return denoise(model, condition, sequence, schedule, guidance, noise_bchw, taylor, on_tick)
 
@@ -116,6 +116,24 @@ def canvas_sequence(model: ModelHandle, condition: Condition, bucket: Bucket, gu
     return image_sequence(
         model.tokenizer, model.config, model.generation, condition.instruction, condition.pictures, bucket,
         thinking=condition.thinking, system_prompt=model.system_prompts.select(condition.system_prompt, "image"), rows=rows)
+
+
+def settings(
+    model: ModelHandle, steps: int | None, guidance: float | None, shift: float | None
+) -> tuple[Schedule, float]:
+    """The schedule and guidance to sample with; None takes the checkpoint's own. Raises RequestError."""
+    schedule = Schedule(_or(steps, model.generation.diff_infer_steps), _or(shift, model.generation.flow_shift))
+    return schedule, check_guidance(_or(guidance, model.generation.diff_guidance_scale))
+
+
+def check_request(
+    model: ModelHandle, steps: int | None, guidance: float | None, shift: float | None, seed: int, size: str
+) -> None:
+    """Raises RequestError for what ``sample`` would refuse: asked at once, it costs nobody the minutes before sampling."""
+    settings(model, steps, guidance, shift)
+    seeded(seed)
+    if size.strip() != "auto":
+        Buckets(model.config.image_base_size).parse(size)
 
 
 def choose_bucket(model: ModelHandle, condition: Condition, size: str) -> Bucket:

@@ -138,6 +138,10 @@ def _check_texts(tokenizer: Tokenizer, prompt: str, thinking: str) -> None:
     if not prompt.strip():
         raise PromptError("the instruction is empty: say what is to be done with the picture")
     for what, text, allowed in (("instruction", prompt, ()), ("thinking text", thinking, THINKING_TAGS)):
+        # Bytes that are no UTF-8 reach us from a terminal as lone surrogates, which no tokenizer takes.
+        if bad := [character for character in text if "\ud800" <= character <= "\udfff"]:
+            raise PromptError(f"the {what} holds {len(bad)} characters that are no text (the first is {bad[0]!a}), 0 are "
+                              "allowed: type it again, as UTF-8")
         # Without a "<" there is no special token; this saves tokenising the usual text twice.
         if "<" not in text:
             continue

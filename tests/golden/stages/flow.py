@@ -90,7 +90,7 @@ def whole_edit(case: Case, stage: str, checks: Checks) -> None:
     for row in range(len(wanted)):
         checks.exact(f"attention_mask[{row}]", got, wanted[row])
     spans = [[list(span), list(grid)] for span, grid in sequence.rope_spans(model.config.cond_token_attn_type)]
-    checks.exact("rope_image_info", spans, meta["rope_image_info"][0])
+    checks.exact("rope_image_info", spans, (meta.get("rope_image_info") or [[]])[0] or [])
     if "step1.attention_mask_packed" in golden:
         later = torch.arange(*sequence.later_slice)
         checks.exact("step1.position_ids", later.expand(len(wanted), -1), golden["step1.position_ids"])
