@@ -4,7 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from comfyui_hywu.hywu_core.edit import edit
+from comfyui_hywu.hywu_core.generator.model import load_generator
+from comfyui_hywu.hywu_core.handle import load_model
+from comfyui_hywu.hywu_core.lora.files import load_lora
 from comfyui_hywu.hywu_core.vision.buckets import Buckets
+from comfyui_hywu.hywu_core.vision.pictures import load_picture
 from comfyui_hywu.tests.comfy.graphs import DATA, GRAPHS, node_ids, only, pixels, small_graph
 from PIL import Image
 
@@ -160,3 +165,24 @@ def test_match_aspect_gives_the_source_its_ratio_back(server):
     assert (bucket.height, bucket.width) == (112, 144)
     run = server.run(graph)
     assert [pixels(server, run, node).shape[:2] for node in node_ids(graph, "SaveImage")] == [(114, 143), (128, 128)]
+
+
+def test_the_nodes_give_what_the_core_gives(server):
+    """The one-photo graph against ``edit``: same settings, same picture; only the number of threads may round otherwise."""
+    graph = small_graph("edit_one_photo")
+    graph[only(graph, "HYWUConditionEncoder")]["inputs"] |= {"thinking": "", "fit": "crop", "seed": 5}
+    sampler = graph[only(graph, "HYImageSampler")]["inputs"]
+    sampler["seed"] = 5
+    graph[only(graph, "HYWULoRAInjector")]["inputs"]["strength"] = 0.8
+    graph[only(graph, "HYWUSaveLoRA")]["inputs"]["filename_prefix"] = "hywu_loras/core"
+    run = server.run(graph)
+    from_graph = pixels(server, run, only(graph, "SaveImage"))
+
+    models = server.base / "models" / "hywu" / "deep"
+    result = edit(
+        load_model(models / "base"), load_generator(models / "pg"), [load_picture(DATA / "photo.jpg")],
+        graph[only(graph, "PrimitiveStringMultiline")]["inputs"]["value"], thinking="", steps=sampler["steps"],
+        guidance=sampler["guidance"], shift=sampler["shift"], seed=5, size=sampler["size"], strength=0.8)
+    assert np.abs(np.asarray(result.picture).astype(int) - from_graph).max() <= 1
+    saved = load_lora(server.base / "output" / "hywu_loras" / "core_00001_.safetensors")
+    assert saved.provenance == result.lora.provenance
