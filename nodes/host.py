@@ -58,7 +58,7 @@ def _folders_with_config(folder: Path, depth: int = 0) -> Iterator[Path]:
     """Checkpoint folders below ``folder``: those with a config.json, below which nothing is looked for."""
     if (folder / "config.json").is_file():
         yield folder
-    elif depth < MAX_DEPTH and folder.is_dir():
+    elif depth < MAX_DEPTH and os.access(folder, os.R_OK | os.X_OK) and folder.is_dir():
         for inner in sorted(folder.iterdir()):
             if inner.is_dir() and not inner.name.startswith("."):
                 yield from _folders_with_config(inner, depth + 1)
@@ -97,12 +97,12 @@ def checkpoint_folder(name: str) -> Path:
 
 def check_checkpoint(name: str, model_type: str) -> bool | str:
     """For ``validate_inputs``: True, or what is missing and where it belongs."""
-    if name in checkpoint_names(model_type):
-        return True
     try:
         folder = checkpoint_folder(name)
     except CheckpointError as error:
         return str(error)
+    if _model_type(folder) == model_type:
+        return True
     return f"{folder / 'config.json'} has the model_type {_model_type(folder)!r}, this node loads {model_type!r}"
 
 
