@@ -57,6 +57,31 @@ def _require(raw: dict[str, Any], key: str, where: str) -> Any:
     return raw[key]
 
 
+def _check_counts(raw: dict[str, Any], keys: tuple[str, ...], where: str, least: int = 1) -> None:
+    """Whole numbers of at least ``least``, or lists of them, wherever a key has a value: sizes come from an untrusted file."""
+    for key in keys:
+        value = raw.get(key)
+        for entry in value if isinstance(value, list) else [value]:
+            if entry is not None and (type(entry) is not int or entry < least):
+                raise CheckpointError(f"{where}: '{key}' is {str(value)[:60]!r}, expected whole numbers of at least {least}: "
+                                      "download the file again")
+
+
+def _check_single(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """One number, not a list, wherever a key has a value."""
+    for key in keys:
+        if isinstance(raw.get(key), list):
+            raise CheckpointError(f"{where}: '{key}' is a list of {len(raw[key])}, expected 1 number: download the file again")
+
+
+def _check_objects(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
+    """JSON objects that hold something, wherever a key has a value."""
+    for key in keys:
+        if raw.get(key) is not None and (not isinstance(raw[key], dict) or not raw[key]):
+            raise CheckpointError(f"{where}: '{key}' is {str(raw[key])[:60]!r}, expected an object with entries: download the "
+                                  "file again")
+
+
 def _per_layer(value: int | list[int], layers: int, key: str) -> tuple[int, ...]:
     """Published configs give either one number for all layers or a list with one per layer."""
     values = tuple(value) if isinstance(value, list) else (value,) * layers
@@ -129,6 +154,13 @@ class BackboneConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "BackboneConfig":
         """Raises CheckpointError for a missing key or a value that this implementation does not know."""
+        single = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                  "attention_head_dim", "num_experts", "intermediate_size", "max_position_embeddings",
+                  "patch_embed_hidden_dim", "image_base_size")
+        _check_counts(raw, (*single, "moe_topk", "moe_intermediate_size"), "config.json")
+        _check_counts(raw, ("num_shared_expert", "moe_layer_num_skipped"), "config.json", least=0)
+        _check_single(raw, (*single, "moe_layer_num_skipped"), "config.json")
+        _check_objects(raw, ("vae", "vit", "vit_processor", "vit_aligner"), "config.json")
         layers = _require(raw, "num_hidden_layers", "config.json")
         heads = _require(raw, "num_attention_heads", "config.json")
         kv_heads = raw.get("num_key_value_heads") or heads
@@ -158,8 +190,8 @@ class BackboneConfig:
             max_position_embeddings=_require(raw, "max_position_embeddings", "config.json"),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
             rope_theta=raw.get("rope_theta", 10000.0),
-            patch_embed_hidden_dim=raw.get("patch_embed_hidden_dim", 1024),
-            image_base_size=raw.get("image_base_size", 1024),
+            patch_embed_hidden_dim=raw.get("patch_embed_hidden_dim") or 1024,
+            image_base_size=raw.get("image_base_size") or 1024,
             cond_token_attn_type=attention_type,
             cfg_distilled=bool(raw.get("cfg_distilled", False)),
             use_meanflow=bool(raw.get("use_meanflow", False)),
@@ -254,6 +286,11 @@ class GeneratorConfig:
     def from_dict(cls, raw: dict[str, Any]) -> "GeneratorConfig":
         """Raises CheckpointError for a missing key or sizes that contradict each other."""
         where = "generator config.json"
+        sizes = ("input_dim", "d_model", "head_dim", "num_pg_layers", "num_base_model_layers", "token_dim", "output_dim",
+                 "dim_accumulation", "rank")
+        _check_counts(raw, sizes, where)
+        _check_single(raw, sizes, where)
+        _check_objects(raw, ("pg_mapping",), where)
         targets: list[LoRATarget] = []
         for name, entry in _require(raw, "pg_mapping", where).items():
             if entry.get("type") == "grouped":
