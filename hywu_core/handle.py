@@ -15,6 +15,7 @@ from .checkpoint.fingerprint import backbone_fingerprint
 from .checkpoint.load import UNUSED_VISION_HEAD, load_weights
 from .checkpoint.shards import open_shards
 from .config import BackboneConfig, GenerationConfig, torch_dtype
+from .errors import RequestError
 from .progress import Tick, silent
 from .text.system_prompt import SystemPrompts, read_system_prompts
 from .text.tokenizer import Tokenizer
@@ -65,14 +66,20 @@ def load_model(
         dtype: what the weights are kept and computed in; None takes config.json's torch_dtype.
         on_tick: called while weights are read, in MB.
 
-    Raises: CheckpointError, naming the file, if anything is missing, damaged or contradicts config.json.
+    Raises:
+        CheckpointError: something is missing, damaged or contradicts config.json; the file is named.
+        RequestError: a device that is not there, or float16 on the CPU.
     """
     folder = Path(folder)
     config = BackboneConfig.from_folder(folder)
+    dtype = dtype or torch_dtype(config.torch_dtype)
+    if dtype == torch.float16 and torch.device(device).type == "cpu":
+        # torch convolves fp16 on CPUs without a fast kernel: a decode of 256 x 256 takes minutes instead of seconds.
+        raise RequestError("float16 is far too slow on the CPU: choose float32, or bfloat16 for half the memory")
     generation = GenerationConfig.from_folder(folder, config)
     system_prompts = read_system_prompts(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
     shards = open_shards(folder)
-    backbone = build_backbone(config, dtype or torch_dtype(config.torch_dtype))
+    backbone = build_backbone(config, dtype)
     load_weights(backbone, shards, skip=UNUSED_VISION_HEAD, device=device, on_tick=on_tick)
     return ModelHandle(backbone, tokenizer, config, generation, system_prompts, backbone_fingerprint(shards))

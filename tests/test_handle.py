@@ -9,7 +9,7 @@ import pytest
 import torch
 from comfyui_hywu.hywu_core.checkpoint import UNUSED_VISION_HEAD, slots
 from comfyui_hywu.hywu_core.config import BackboneConfig
-from comfyui_hywu.hywu_core.errors import CheckpointError
+from comfyui_hywu.hywu_core.errors import CheckpointError, RequestError
 from comfyui_hywu.hywu_core.handle import build_backbone, load_model
 from safetensors.torch import load_file, save_file
 
@@ -138,3 +138,8 @@ def test_the_default_dtype_survives_a_failed_build(folder):
     with pytest.raises(CheckpointError):
         build_backbone(BackboneConfig.from_dict(raw), torch.bfloat16)
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_float16_on_the_cpu_is_refused_because_it_takes_minutes(folder):
+    with pytest.raises(RequestError, match="float32, or bfloat16"):
+        load_model(folder, dtype=torch.float16)

@@ -1,5 +1,6 @@
 """Golden stages of the whole flow, through the product's own functions: text, condition, ratio, and edits end to end."""
 
+import itertools
 import re
 from dataclasses import replace
 
@@ -189,23 +190,27 @@ def greedy_text(case: Case, stage: str, checks: Checks) -> None:
 
 
 def ratio(case: Case, stage: str, checks: Checks) -> None:
-    """The ratio stage: same prefill as the condition, 37 logits, the index of the largest."""
-    golden, text = case.tensors(stage), case.meta("h_text_greedy")
-    # The stage dumps its tokens only: pictures, instruction and noise are those of the text stage, and its thinking is that of
-    # whichever other stage gives the same tokens.
-    noise = case.tensors("h_text_greedy")
-    thoughts = {case.meta(name).get("cot_text") or "" for name in case.stages if name.startswith(("i_condition_", "k_"))}
-    sources = [prepare_picture(case.image(name), case.model.config, "stretch") for name in text["images"]]
-    for thinking in sorted(thoughts):
+    """The ratio stage: same prefill as the condition, 37 logits, the index of the largest.
+
+    It dumps its tokens only. Request and noise are those of a neighbouring stage that gives the same tokens: in the known cases
+    the text stage's pictures and noise with another stage's thinking.
+    """
+    golden = case.tensors(stage)
+    names = [name for name in case.stages if name.startswith(("h_text_greedy", "i_condition_", "k_auto"))]
+    metas = {name: case.meta(name) for name in names}
+    thoughts = sorted({meta.get("cot_text") or "" for meta in metas.values()})
+    for name, thinking in itertools.product(sorted(names), thoughts):
+        prompt, pictures = metas[name]["prompt"], metas[name]["images"]
+        sources = [prepare_picture(case.image(picture), case.model.config, "stretch") for picture in pictures]
         sequence = text_sequence(
-            case.model.tokenizer, case.model.config, case.model.generation, text["prompt"], sources, thinking=thinking,
+            case.model.tokenizer, case.model.config, case.model.generation, prompt, sources, thinking=thinking,
             bot_task="img_ratio", system_prompt=case.model.system_prompts.select("en_unified", "img_ratio"))
         if torch.equal(sequence.ids_BL, golden["input_ids"]):
             break
     else:
-        checks.failures.append(f"none of {len(thoughts)} thinking texts gives this stage's input_ids")
+        checks.failures.append(f"no request of {names} with any of {len(thoughts)} thinking texts gives this stage's input_ids")
         return
-    result = encode_case(case, text["images"], noise, text["prompt"], thinking, "stretch")
+    result = encode_case(case, pictures, case.tensors(name), prompt, thinking, "stretch")
     logits_V = case.model.backbone.logits(result.hidden_SD[None, -1:])[0, 0]
     checks.close("logits", logits_V, golden["logits"][0], END_TO_END)
     checks.close("scores", logits_V[list(case.model.tokenizer.ratio_ids)], golden["scores"][0], END_TO_END)
