@@ -266,6 +266,14 @@ def test_bad_requests_are_refused(tiny_model, photo):
         encode(tiny_model, [photo] * 4, "combine")
 
 
+def test_a_picture_of_nan_is_an_error_and_no_black_image(tiny_model, adapted, condition):
+    lora = adapted.loras[0].lora
+    huge = type(lora).from_tensors({key: tensor * 1e25 for key, tensor in lora.tensors.items()}, lora.alpha, lora.provenance)
+    with pytest.raises(RequestError, match="NaN or Inf .*strengths: 1.5"):
+        sample(inject(tiny_model, huge, 1.5), condition, steps=1)
+    assert carried(tiny_model) == 0
+
+
 def test_a_condition_of_another_backbone_is_refused(tiny_model, condition):
     with pytest.raises(LoRAError, match="0123456789abcdef"):
         sample(tiny_model, replace(condition, backbone_fingerprint="0123456789abcdef"), steps=1)

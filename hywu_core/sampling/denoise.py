@@ -5,6 +5,7 @@ requested steps, guidance and shift are what is run, and guidance 1 needs one ro
 """
 
 import math
+from functools import partial
 
 import torch
 
@@ -69,7 +70,7 @@ def denoise(
     taylor: TaylorSettings | None = None,
     on_tick: Tick = silent,
 ) -> torch.Tensor:
-    """Run ``schedule`` from the noise ``latent_bchw`` (1, c, h, w) under the model's LoRAs."""
+    """Run ``schedule`` from the noise ``latent_bchw`` (1, c, h, w) under the model's LoRAs; raises as ``check_finite``."""
     backbone, steps = model.backbone, len(schedule)
     span = slice(*sequence.later_slice)
     rows, grid = sequence.ids_BL.shape[0], tuple(latent_bchw.shape[2:])
@@ -85,10 +86,7 @@ def denoise(
             if plan is None or plan.is_full(step):
                 canvas_BLD = inputs.canvas(backbone, sequence, latent_bchw, t, schedule.next_timestep(step), guidance)
                 canvas_BLD = canvas_BLD.expand(rows, -1, -1)
-
-                def tick(layer: int, step: int = step) -> None:
-                    on_tick(step, steps, None)
-
+                tick = partial(_stay, on_tick, step, steps)
                 if step == 0:
                     hidden_BLD = inputs.embed(backbone, sequence, condition.pictures)
                     hidden_BLD[:, span] = canvas_BLD
@@ -107,7 +105,23 @@ def denoise(
             clean_bchw = schedule.clean(step, latent_bchw, velocity_bchw)
             latent_bchw = schedule.advance(step, latent_bchw, velocity_bchw)
             on_tick(step + 1, steps, clean_bchw)
+    check_finite(model, latent_bchw)
     return latent_bchw
+
+
+def _stay(on_tick: Tick, step: int, steps: int, layer: int) -> None:
+    """A cancel point after each layer; the bar does not move."""
+    on_tick(step, steps, None)
+
+
+def check_finite(model: ModelHandle, latent_bchw: torch.Tensor) -> None:
+    """Raises RequestError for a latent with NaN or Inf: it would decode to a black picture without a word."""
+    bad = int((~torch.isfinite(latent_bchw)).sum())
+    if bad:
+        strengths = ", ".join(f"{injected.strength:g}" for injected in model.loras) or "none"
+        raise RequestError(
+            f"{bad} of {latent_bchw.numel()} values of the picture are NaN or Inf (LoRA strengths: {strengths}): lower the "
+            "strength, or load the model in bfloat16 or float32")
 
 
 def canvas_sequence(model: ModelHandle, condition: Condition, bucket: Bucket, guidance: float) -> Sequence:
