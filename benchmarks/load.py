@@ -1,6 +1,6 @@
 """Loading against reading: how long load_weights takes, and how much memory, beside a plain readinto of the same bytes.
 
-    python -m comfyui_hywu.benchmarks.load [--experts 24] [--rounds 5] [--cold] [--record]
+    python -m comfyui_hywu.benchmarks.load [--experts 28] [--rounds 5] [--cold] [--record]
 
 Makes a checkpoint of one decoder layer in the published shapes (spec section 1) with some of its 64 experts, split into two
 shards through the middle of the experts, under .cache/. Each arm runs in a fresh process, the arms take turns, and before each
@@ -158,7 +158,7 @@ def report(found: dict[str, list[dict[str, float]]], cold: bool) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="load_weights against readinto of the same bytes")
-    parser.add_argument("--experts", type=int, default=24, help="experts in the layer, 75 MB each (default 24: 2.0 GB)")
+    parser.add_argument("--experts", type=int, default=28, help="experts in the layer, 75 MB each (default 28: 2.3 GB)")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each run")
     parser.add_argument("--record", action="store_true", help="write benchmarks/results/load.json")
