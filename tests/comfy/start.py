@@ -41,7 +41,9 @@ def end_with_parent() -> None:
     """End this process when the launcher is gone, however it went: its end of our standard input closes with it."""
 
     def wait() -> None:
-        sys.stdin.buffer.read()
+        # Not sys.stdin: a thread waiting inside a buffered reader makes an ordinary end of Python abort.
+        while os.read(0, 1):
+            pass
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
