@@ -41,10 +41,9 @@ def main() -> int:
     shutil.copy(arguments.photo, photo)
     graph[node_of(graph, "LoadImage")]["inputs"]["image"] = photo.name
     if arguments.instruction:
-        for node in graph.values():
-            if isinstance(node["inputs"].get("instruction"), str):
-                node["inputs"]["instruction"] = arguments.instruction
+        graph[node_of(graph, "PrimitiveStringMultiline")]["inputs"]["value"] = arguments.instruction
 
+    instruction = graph[node_of(graph, "PrimitiveStringMultiline")]["inputs"]["value"]
     print("starting ComfyUI ...", flush=True)
     started = time.monotonic()
     with server:
@@ -63,7 +62,7 @@ def main() -> int:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, arguments.out)
     print(f"done in {time.monotonic() - started:.1f} s; ComfyUI is stopped")
-    print(f"source {arguments.photo}\nedited {arguments.out.resolve()}")
+    print(f"instruction: {instruction}\nsource {arguments.photo}\nedited {arguments.out.resolve()}")
     return 0
 
 
