@@ -73,7 +73,7 @@ def _describe_lora(path: Path) -> str:
         f"  rank {lora.rank}, alpha {lora.alpha:g}: scale {lora.scale:g} at strength 1",
         *(f"    {target.name}: {target.in_features} -> {target.out_features}"
           f"{f', {target.experts} experts' if target.experts else ''}" for target in lora.targets),
-        f"  instruction {origin.instruction!r}, seed {origin.seed}, {len(origin.picture_digests)} pictures",
+        f"  instruction {origin.instruction!r}, seed {origin.seed}, source pictures {len(origin.picture_digests)}",
         f"  thinking {origin.thinking!r}",
         f"  backbone {origin.backbone_fingerprint}, generator {origin.generator_fingerprint}",
         f"  digest {lora.digest}",
