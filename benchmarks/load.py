@@ -29,7 +29,8 @@ from safetensors import safe_open
 
 from ..hywu_core.backbone.layer import DecoderLayer
 from ..hywu_core.checkpoint import load_weights, open_shards, slots
-from ..hywu_core.config import BackboneConfig, read_json
+from ..hywu_core.config import BackboneConfig
+from ..hywu_core.json_fields import read_json
 from .record import record
 
 ROOT = Path(__file__).resolve().parent.parent

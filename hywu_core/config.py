@@ -4,7 +4,6 @@ Owns reading and checking ``config.json`` and ``generation_config.json``; knows 
 published files (spec section 1).
 """
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError
+from .json_fields import check_counts, check_lists, check_objects, check_single, count, read_json, require
 
+VIT_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_channels", "num_patches",
+             "patch_size")
 ATTENTION_TYPES = ("joint_full", "full", "full_causal", "causal")
 # Keys of config.json that name the id of a special token: what a tokenizer is checked against.
 SPECIAL_ID_KEYS = {
@@ -24,62 +26,12 @@ SPECIAL_ID_KEYS = {
 }
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read one JSON object from ``path``.
-
-    Raises:
-        CheckpointError: the file is missing, is not JSON, or holds something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the folder is no complete checkpoint; download it again") from None
-    except OSError as error:  # the folder is a file, the file is a folder, or it may not be read
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from None
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, numbers of thousands of digits
-        raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object: download it again")
-    return value
-
-
 def torch_dtype(name: str) -> torch.dtype:
     """"bfloat16" -> torch.bfloat16. Raises CheckpointError for a name that is no floating dtype to compute in."""
     dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
     if name not in dtypes:
         raise CheckpointError(f"config.json: torch_dtype {name!r} is none of {sorted(dtypes)}")
     return dtypes[name]
-
-
-def _require(raw: dict[str, Any], key: str, where: str) -> Any:
-    if raw.get(key) is None:
-        raise CheckpointError(f"{where} has no value for '{key}': it is not a HunyuanImage-3 / HY-WU configuration")
-    return raw[key]
-
-
-def _check_counts(raw: dict[str, Any], keys: tuple[str, ...], where: str, least: int = 1) -> None:
-    """Whole numbers of at least ``least``, or lists of them, wherever a key has a value: sizes come from an untrusted file."""
-    for key in keys:
-        value = raw.get(key)
-        for entry in value if isinstance(value, list) else [value]:
-            if entry is not None and (type(entry) is not int or entry < least):
-                raise CheckpointError(f"{where}: '{key}' is {str(value)[:60]!r}, expected whole numbers of at least {least}: "
-                                      "download the file again")
-
-
-def _check_single(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """One number, not a list, wherever a key has a value."""
-    for key in keys:
-        if isinstance(raw.get(key), list):
-            raise CheckpointError(f"{where}: '{key}' is a list of {len(raw[key])}, expected 1 number: download the file again")
-
-
-def _check_objects(raw: dict[str, Any], keys: tuple[str, ...], where: str) -> None:
-    """JSON objects that hold something, wherever a key has a value."""
-    for key in keys:
-        if raw.get(key) is not None and (not isinstance(raw[key], dict) or not raw[key]):
-            raise CheckpointError(f"{where}: '{key}' is {str(raw[key])[:60]!r}, expected an object with entries: download the "
-                                  "file again")
 
 
 def _per_layer(value: int | list[int], layers: int, key: str) -> tuple[int, ...]:
@@ -107,12 +59,17 @@ class VAEConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "VAEConfig":
         where = "config.json: 'vae'"
+        sizes = ("latent_channels", "ffactor_spatial", "ffactor_temporal", "in_channels", "out_channels")
+        check_counts(raw, (*sizes, "block_out_channels"), where)
+        check_counts(raw, ("layers_per_block",), where, least=0)
+        check_single(raw, (*sizes, "layers_per_block"), where)
+        check_lists(raw, ("block_out_channels",), where)
         return cls(
-            block_out_channels=tuple(_require(raw, "block_out_channels", where)),
-            latent_channels=_require(raw, "latent_channels", where),
-            layers_per_block=_require(raw, "layers_per_block", where),
-            ffactor_spatial=_require(raw, "ffactor_spatial", where),
-            ffactor_temporal=_require(raw, "ffactor_temporal", where),
+            block_out_channels=tuple(require(raw, "block_out_channels", where)),
+            latent_channels=require(raw, "latent_channels", where),
+            layers_per_block=require(raw, "layers_per_block", where),
+            ffactor_spatial=require(raw, "ffactor_spatial", where),
+            ffactor_temporal=require(raw, "ffactor_temporal", where),
             in_channels=raw.get("in_channels", 3),
             out_channels=raw.get("out_channels", 3),
             scaling_factor=raw.get("scaling_factor") or 1.0,
@@ -133,7 +90,7 @@ class BackboneConfig:
     num_experts: int
     moe_topk: tuple[int, ...]  # per layer
     moe_intermediate_size: tuple[int, ...]  # per layer
-    num_shared_expert: tuple[int, ...]  # per layer; the shared MLP is this many expert widths of `intermediate_size` wide
+    num_shared_expert: tuple[int, ...]  # per layer; the shared MLP is this many expert widths wide
     intermediate_size: int
     moe_layer_num_skipped: int  # the first layers that have a dense MLP
     max_position_embeddings: int
@@ -157,12 +114,14 @@ class BackboneConfig:
         single = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
                   "attention_head_dim", "num_experts", "intermediate_size", "max_position_embeddings",
                   "patch_embed_hidden_dim", "image_base_size")
-        _check_counts(raw, (*single, "moe_topk", "moe_intermediate_size"), "config.json")
-        _check_counts(raw, ("num_shared_expert", "moe_layer_num_skipped"), "config.json", least=0)
-        _check_single(raw, (*single, "moe_layer_num_skipped"), "config.json")
-        _check_objects(raw, ("vae", "vit", "vit_processor", "vit_aligner"), "config.json")
-        layers = _require(raw, "num_hidden_layers", "config.json")
-        heads = _require(raw, "num_attention_heads", "config.json")
+        check_counts(raw, (*single, "moe_topk", "moe_intermediate_size"), "config.json")
+        check_counts(raw, ("num_shared_expert", "moe_layer_num_skipped"), "config.json", least=0)
+        check_single(raw, (*single, "moe_layer_num_skipped"), "config.json")
+        check_objects(raw, ("vae", "vit", "vit_processor", "vit_aligner"), "config.json")
+        check_counts(require(raw, "vit", "config.json"), VIT_SIZES, "config.json: 'vit'")
+        check_single(raw["vit"], VIT_SIZES, "config.json: 'vit'")
+        layers = require(raw, "num_hidden_layers", "config.json")
+        heads = require(raw, "num_attention_heads", "config.json")
         kv_heads = raw.get("num_key_value_heads") or heads
         if heads % kv_heads:
             raise CheckpointError(f"config.json: {heads} attention heads cannot be shared by {kv_heads} key/value heads")
@@ -172,22 +131,27 @@ class BackboneConfig:
         attention_type = raw.get("cond_token_attn_type", "joint_full")
         if attention_type not in ATTENTION_TYPES:
             raise CheckpointError(f"config.json: cond_token_attn_type {attention_type!r} is none of {ATTENTION_TYPES}")
-        intermediate = _require(raw, "intermediate_size", "config.json")
-        vit = dict(_require(raw, "vit", "config.json"))
+        intermediate = require(raw, "intermediate_size", "config.json")
+        vit = dict(raw["vit"])
+        for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+            require(vit, key, "config.json: 'vit'")
+        moe_topk = _per_layer(require(raw, "moe_topk", "config.json"), layers, "moe_topk")
+        if max(moe_topk) > require(raw, "num_experts", "config.json"):
+            raise CheckpointError(f"config.json: moe_topk asks for {max(moe_topk)} of {raw['num_experts']} experts")
         return cls(
-            vocab_size=_require(raw, "vocab_size", "config.json"),
-            hidden_size=_require(raw, "hidden_size", "config.json"),
+            vocab_size=require(raw, "vocab_size", "config.json"),
+            hidden_size=require(raw, "hidden_size", "config.json"),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=kv_heads,
             attention_head_dim=raw.get("attention_head_dim") or raw["hidden_size"] // heads,
-            num_experts=_require(raw, "num_experts", "config.json"),
-            moe_topk=_per_layer(_require(raw, "moe_topk", "config.json"), layers, "moe_topk"),
+            num_experts=raw["num_experts"],
+            moe_topk=moe_topk,
             moe_intermediate_size=_per_layer(raw.get("moe_intermediate_size") or intermediate, layers, "moe_intermediate_size"),
             num_shared_expert=_per_layer(raw.get("num_shared_expert") or 1, layers, "num_shared_expert"),
             intermediate_size=intermediate,
             moe_layer_num_skipped=raw.get("moe_layer_num_skipped") or 0,
-            max_position_embeddings=_require(raw, "max_position_embeddings", "config.json"),
+            max_position_embeddings=require(raw, "max_position_embeddings", "config.json"),
             rms_norm_eps=raw.get("rms_norm_eps", 1e-5),
             rope_theta=raw.get("rope_theta", 10000.0),
             patch_embed_hidden_dim=raw.get("patch_embed_hidden_dim") or 1024,
@@ -195,7 +159,7 @@ class BackboneConfig:
             cond_token_attn_type=attention_type,
             cfg_distilled=bool(raw.get("cfg_distilled", False)),
             use_meanflow=bool(raw.get("use_meanflow", False)),
-            vae=VAEConfig.from_dict(_require(raw, "vae", "config.json")),
+            vae=VAEConfig.from_dict(require(raw, "vae", "config.json")),
             vit=vit,
             vit_max_num_patches=(raw.get("vit_processor") or {}).get("max_num_patches", 1024),
             vit_aligner_depth=(raw.get("vit_aligner") or {}).get("depth", 2),
@@ -230,6 +194,12 @@ class GenerationConfig:
     def from_folder(cls, folder: Path, config: BackboneConfig) -> "GenerationConfig":
         raw = read_json(Path(folder) / "generation_config.json")
         known = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
+        for key, value in known.items():
+            kind = type(cls.__dataclass_fields__[key].default)
+            # JSON writes 1.0 as 1; a bool is no number here.
+            if type(value) is not kind and not (kind is float and type(value) is int):
+                raise CheckpointError(f"generation_config.json: '{key}' is {str(value)[:60]!r}, expected a {kind.__name__}: "
+                                      "download the file again")
         # The published base model says nothing about its template, and then the plain one applies (spec section 5).
         known.setdefault("sequence_template", "pretrain")
         known.setdefault("max_length", config.max_position_embeddings)
@@ -257,6 +227,11 @@ class LoRATarget:
     def b_shape(self, rank: int) -> tuple[int, ...]:
         """(O, R), or (E, O, R) for experts."""
         return (self.experts, self.out_features, rank) if self.experts else (self.out_features, rank)
+
+
+def _target_sizes(entry: Any, where: str) -> tuple[int, int]:
+    check_objects({"dims": entry}, ("dims",), where)
+    return count(entry, "lora_A_dim", where), count(entry, "lora_B_dim", where)
 
 
 @dataclass(frozen=True)
@@ -288,18 +263,22 @@ class GeneratorConfig:
         where = "generator config.json"
         sizes = ("input_dim", "d_model", "head_dim", "num_pg_layers", "num_base_model_layers", "token_dim", "output_dim",
                  "dim_accumulation", "rank")
-        _check_counts(raw, sizes, where)
-        _check_single(raw, sizes, where)
-        _check_objects(raw, ("pg_mapping",), where)
+        check_counts(raw, sizes, where)
+        check_single(raw, sizes, where)
+        check_objects(raw, ("pg_mapping",), where)
         targets: list[LoRATarget] = []
-        for name, entry in _require(raw, "pg_mapping", where).items():
+        for name, entry in require(raw, "pg_mapping", where).items():
+            place = f"{where}: pg_mapping '{name}'"
+            check_objects({name: entry}, (name,), f"{where}: pg_mapping")
             if entry.get("type") == "grouped":
-                for sub, dims in entry["sub_weights"].items():
-                    targets.append(LoRATarget(f"{name}.{sub}", dims["lora_A_dim"], dims["lora_B_dim"], entry["num_experts"]))
+                check_objects(entry, ("sub_weights",), place)
+                for sub, dims in require(entry, "sub_weights", place).items():
+                    experts = count(entry, "num_experts", place)
+                    targets.append(LoRATarget(f"{name}.{sub}", *_target_sizes(dims, place), experts))
             else:
-                targets.append(LoRATarget(name, entry["lora_A_dim"], entry["lora_B_dim"]))
+                targets.append(LoRATarget(name, *_target_sizes(entry, place)))
         config = cls(
-            **{key: _require(raw, key, where) for key in (
+            **{key: require(raw, key, where) for key in (
                 "input_dim", "d_model", "head_dim", "num_pg_layers", "num_base_model_layers", "token_dim", "dim_accumulation",
                 "rank", "alpha")},
             output_dim=raw.get("output_dim") or raw["token_dim"],

@@ -8,8 +8,9 @@ from collections import Counter
 from pathlib import Path
 
 from .checkpoint import UNUSED_VISION_HEAD, Shards, backbone_fingerprint, generator_fingerprint, open_shards
-from .config import BackboneConfig, GenerationConfig, GeneratorConfig, read_json
+from .config import BackboneConfig, GenerationConfig, GeneratorConfig
 from .errors import CheckpointError
+from .json_fields import read_json
 
 GENERATOR_TYPE = "parameter_generator"
 

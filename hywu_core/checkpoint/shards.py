@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ..config import read_json
 from ..errors import CheckpointError
+from ..json_fields import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
