@@ -114,6 +114,8 @@ def test_a_workflow_opens_without_a_warning_and_is_its_api_twin(page, name):
     # The front end asks api.comfy.org about every pack; the server of the tests forbids it.
     complaints = [text for text in page.warnings if "Content Security Policy" not in text and "api.comfy.org" not in text]
     assert [text for text in complaints if any(word in text.lower() for word in ours)] == []
+    # Zoomed out further, the front end draws no text at all.
+    assert page.evaluate("() => window.app.canvas.ds.scale") >= 0.6
     count = page.evaluate("() => window.app.graph.nodes.length")
     assert count == len(workflow(name)["nodes"])
     missing = page.evaluate("() => window.app.graph.nodes.filter(n => n.has_errors).map(n => n.type)")
