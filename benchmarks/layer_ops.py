@@ -68,8 +68,8 @@ def layer_config(width: int, experts: int) -> BackboneConfig:
         vocab_size=8, hidden_size=width, num_hidden_layers=1, num_attention_heads=8, num_key_value_heads=2,
         attention_head_dim=width // 8, num_experts=experts, moe_topk=(8,), moe_intermediate_size=(width * 3 // 4,),
         num_shared_expert=(1,), intermediate_size=width * 3 // 4, moe_layer_num_skipped=0, max_position_embeddings=4096,
-        rms_norm_eps=1e-5, rope_theta=1e4, patch_embed_hidden_dim=32, image_base_size=1024, cond_token_attn_type="joint_full",
-        cfg_distilled=False, use_meanflow=False, vae=None, vit={})
+        rms_norm_eps=1e-5, rope_theta=1e4, patch_embed_hidden_dim=32, image_base_size=1024,
+        cond_token_attn_type="joint_full", cfg_distilled=False, use_meanflow=False, vae=None, vit={})
 
 
 def build(config: BackboneConfig, rank: int) -> DecoderLayer:

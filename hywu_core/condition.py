@@ -98,7 +98,7 @@ def encode_sources(
         on_layer=lambda layer: on_tick(len(sources) + layer + 1, total, None),
     )
     # A base size whose table has fewer buckets than there are ratio tokens leaves the last tokens without a meaning.
-    ratio_ids = list(model.tokenizer.ratio_ids)[: len(Buckets(model.config.image_base_size))]
+    ratio_ids = list(model.tokenizer.ratio_ids)[: len(Buckets.of(model.config))]
     ratio_V = backbone.logits(hidden_BLD[:, -1:])[0, 0, ratio_ids]
     return Condition(
         hidden_BLD[0], int(ratio_V.argmax()), instruction, thinking, system_prompt, seed, tuple(encoded), model.fingerprint)

@@ -42,6 +42,18 @@ def _per_layer(value: int | list[int], layers: int, key: str) -> tuple[int, ...]
     return values
 
 
+def _extra_sizes(value: Any) -> tuple[tuple[int, int], ...] | None:
+    """Our own key, absent in published files: at small base sizes their absolute 1280 x 720 is far out of reach."""
+    if value is None:
+        return None
+    sizes = value if isinstance(value, list) else [value]
+    if sizes is not value or not all(isinstance(size, list) and len(size) == 2 for size in sizes) or not all(
+            type(side) is int and side > 0 and side % 16 == 0 for size in sizes for side in size):
+        raise CheckpointError(f"config.json: 'image_extra_sizes' is {str(value)[:60]!r}, expected a list of [height, width] in "
+                              "multiples of 16 pixels")
+    return tuple((height, width) for height, width in value)
+
+
 @dataclass(frozen=True)
 class VAEConfig:
     """The 3-D VAE (spec section 9)."""
@@ -106,6 +118,7 @@ class BackboneConfig:
     vit_max_num_patches: int = 1024
     vit_aligner_depth: int = 2
     torch_dtype: str = "bfloat16"
+    image_extra_sizes: tuple[tuple[int, int], ...] | None = None  # (height, width) beside the walk; None = the published four
     special_ids: dict[str, int] = field(default_factory=dict, hash=False)  # special token -> the id that config.json says
 
     @classmethod
@@ -156,6 +169,7 @@ class BackboneConfig:
             rope_theta=raw.get("rope_theta", 10000.0),
             patch_embed_hidden_dim=raw.get("patch_embed_hidden_dim") or 1024,
             image_base_size=raw.get("image_base_size") or 1024,
+            image_extra_sizes=_extra_sizes(raw.get("image_extra_sizes")),
             cond_token_attn_type=attention_type,
             cfg_distilled=bool(raw.get("cfg_distilled", False)),
             use_meanflow=bool(raw.get("use_meanflow", False)),

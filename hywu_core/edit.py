@@ -89,5 +89,5 @@ def restore(model: ModelHandle, condition: Condition, picture: Image.Image) -> I
     """Bring a picture of size "auto" back to the exact ratio of the source it follows (spec section 10, last paragraph)."""
     bucket = choose_bucket(model, condition, "auto")
     originals_hw = [source.original_hw for source in condition.pictures]
-    height, width = restore_size(bucket, originals_hw, Buckets(model.config.image_base_size))
+    height, width = restore_size(bucket, originals_hw, Buckets.of(model.config))
     return picture if picture.size == (width, height) else picture.resize((width, height), Image.Resampling.LANCZOS)

@@ -32,7 +32,7 @@ class HYWUMatchAspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, image: torch.Tensor, model: ModelHandle, condition: Condition) -> io.NodeOutput:
-        buckets = Buckets(model.config.image_base_size)
+        buckets = Buckets.of(model.config)
         size = tuple(image.shape[1:3])
         bucket = next((bucket for bucket in buckets.entries if (bucket.height, bucket.width) == size), None)
         # A picture that something else has resized already, or that needs nothing, is not even rounded to 8 bits.

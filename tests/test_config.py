@@ -10,7 +10,8 @@ from comfyui_hywu.hywu_core.errors import CheckpointError
 @pytest.mark.parametrize(("key", "value"), [
     ("vocab_size", "12"), ("hidden_size", -1), ("num_hidden_layers", 1.5), ("num_attention_heads", [1]), ("num_experts", {}),
     ("moe_topk", [1, "2"]), ("num_shared_expert", -1), ("moe_layer_num_skipped", [0]), ("vae", 3), ("vit", "12"),
-    ("vit_processor", [1]), ("attention_head_dim", True)])
+    ("vit_processor", [1]), ("attention_head_dim", True), ("image_extra_sizes", 5),
+    ("image_extra_sizes", [[100, 64]]), ("image_extra_sizes", [[64]])])
 def test_a_backbone_value_of_the_wrong_kind(tiny_folders, key, value):
     raw = json.loads((tiny_folders[0] / "config.json").read_text())
     assert BackboneConfig.from_dict(raw).vocab_size == raw["vocab_size"]

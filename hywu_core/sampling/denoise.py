@@ -147,12 +147,12 @@ def check_request(
     settings(model, steps, guidance, shift)
     seeded(seed)
     if size.strip() != "auto":
-        Buckets(model.config.image_base_size).parse(size)
+        Buckets.of(model.config).parse(size)
 
 
 def choose_bucket(model: ModelHandle, condition: Condition, size: str) -> Bucket:
     """The bucket for a size as typed, or the one that the backbone chose for "auto". Raises RequestError."""
-    buckets = Buckets(model.config.image_base_size)
+    buckets = Buckets.of(model.config)
     return buckets.at(condition.ratio_index) if size.strip() == "auto" else buckets.parse(size)
 
 

@@ -216,7 +216,7 @@ class _Layout:
 
 def _smallest_picture(config: BackboneConfig) -> int:
     """Tokens of the smallest picture."""
-    pixels = min(bucket.height * bucket.width for bucket in Buckets(config.image_base_size).entries)
+    pixels = min(bucket.height * bucket.width for bucket in Buckets.of(config).entries)
     return pixels // config.vae.ffactor_spatial**2
 
 

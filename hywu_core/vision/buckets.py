@@ -5,8 +5,10 @@ always a bucket, never the typed pixels (spec section 8).
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..config import BackboneConfig
 from ..errors import RequestError
 
 # Pixels per latent cell; every side of the table is rounded down to a multiple of it.
@@ -40,11 +42,16 @@ class Bucket:
 class Buckets:
     """All buckets of one ``image_base_size``, in the order of the ratio tokens."""
 
-    def __init__(self, base_size: int):
+    def __init__(self, base_size: int, extras: Sequence[tuple[int, int]] = EXTRAS):
         if base_size < 2 * ALIGN:
             raise RequestError(f"image_base_size {base_size} is too small for a bucket table, it must be at least {2 * ALIGN}")
         self.base_size = base_size
-        self.entries = tuple(Bucket(index, *size) for index, size in enumerate(_table(base_size)))
+        self.entries = tuple(Bucket(index, *size) for index, size in enumerate(_table(base_size, extras)))
+
+    @classmethod
+    def of(cls, config: BackboneConfig) -> "Buckets":
+        """The table of one backbone: its base size, and its own extra sizes where its configuration names any."""
+        return cls(config.image_base_size, EXTRAS if config.image_extra_sizes is None else config.image_extra_sizes)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -90,7 +97,7 @@ class Buckets:
         return self.nearest(height, width)
 
 
-def _table(base: int) -> list[tuple[int, int]]:
+def _table(base: int, extras: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """Walk from the square to 2:0.5 both ways in sixteenths of the base, then add the extras that bring a new ratio."""
     step, longest, shortest = base // 16, base * 2, base // 2
     sizes = [(base, base)]
@@ -102,5 +109,5 @@ def _table(base: int) -> list[tuple[int, int]]:
     sizes.sort(key=lambda size: size[0] / size[1])
     table = [(height // ALIGN * ALIGN, width // ALIGN * ALIGN) for height, width in sizes]
     # Cross-multiplied, so that "the same ratio" is exact.
-    table += [extra for extra in EXTRAS if all(extra[0] * width != extra[1] * height for height, width in table)]
+    table += [extra for extra in extras if all(extra[0] * width != extra[1] * height for height, width in table)]
     return table

@@ -132,7 +132,7 @@ def prepare_picture(image: Image.Image, config: BackboneConfig, fit: str) -> Sou
     """
     image = upright_rgb(image)
     width, height = image.size
-    bucket = Buckets(config.image_base_size).nearest(height, width)
+    bucket = Buckets.of(config).nearest(height, width)
     if fit == "crop":
         fitted = _crop(image, bucket)
     elif fit == "stretch":

@@ -45,6 +45,7 @@ def backbone(vocab_size: int, special: dict[str, int]) -> dict:
         patch_size=1,
         patch_embed_hidden_dim=INNER,
         image_base_size=words.BASE_SIZE,
+        image_extra_sizes=[],
         rope_type="2d",
         cond_token_attn_type="joint_full",
         cond_image_type="vae_vit",

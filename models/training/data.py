@@ -64,7 +64,7 @@ class Data:
         self.draw, self.numpy = random.Random(seed), np.random.default_rng(seed)
         # Several buckets of the table round to one grid; all their ratio tokens are met.
         self.buckets: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for bucket in Buckets(BASE_SIZE).entries:
+        for bucket in Buckets(BASE_SIZE, extras=()).entries:
             self.buckets[bucket.grid].append(bucket.index)
         self.patches = {grid: self._patches(pixels) for grid, pixels in crops.items()}
         self.seen = {grid: [photos.describe(one / 255.0) for one in pixels] for grid, pixels in crops.items()}

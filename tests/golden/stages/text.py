@@ -55,7 +55,7 @@ def _build(case: Case, parts: Parts, meta: dict, system_prompt: str | None) -> S
     of_case = parts.tokenizer, parts.config, parts.generation, meta["prompt"], pictures
     if meta["mode"] == "gen_text":
         return text_sequence(*of_case, bot_task=meta["bot_task"], **common)
-    bucket = Buckets(parts.config.image_base_size).parse(meta["image_size"])
+    bucket = Buckets.of(parts.config).parse(meta["image_size"])
     return image_sequence(*of_case, bucket, **common)
 
 
