@@ -23,7 +23,7 @@ from comfyui_hywu.hywu_core.vision.pictures import (
 from PIL import Image
 
 # All that the functions read of a BackboneConfig.
-CONFIG = SimpleNamespace(image_base_size=256, vit={"patch_size": 16}, vit_max_num_patches=64)
+CONFIG = SimpleNamespace(image_base_size=256, image_extra_sizes=None, vit={"patch_size": 16}, vit_max_num_patches=64)
 
 
 def noise(width, height, seed=0):
