@@ -10,19 +10,28 @@ from typing import Any
 from .errors import CheckpointError
 
 
+def read_text(path: Path) -> str:
+    """A text file of a checkpoint. Raises CheckpointError if it is missing, unreadable or not UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: the folder is no complete checkpoint; download it again") from None
+    except OSError as error:  # the folder is a file, the file is a folder, or it may not be read
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from None
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 ({error}): download it again") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read one JSON object from ``path``.
 
     Raises:
         CheckpointError: the file is missing, is not JSON, or holds something else than an object.
     """
+    text = read_text(path)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the folder is no complete checkpoint; download it again") from None
-    except OSError as error:  # the folder is a file, the file is a folder, or it may not be read
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): give the folder that holds it") from None
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, bad UTF-8, numbers of thousands of digits
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: bad JSON, numbers of thousands of digits
         raise CheckpointError(f"{path} is not valid JSON ({error}): download it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}, expected a JSON object: download it again")

@@ -20,6 +20,7 @@ import torch
 from comfy_api.latest import io
 from PIL import Image
 
+from ..hywu_core.condition import MAX_PICTURES
 from ..hywu_core.errors import CheckpointError, LoRAError, PictureError, RequestError
 from ..hywu_core.handle import ModelHandle
 from ..hywu_core.progress import Tick
@@ -30,7 +31,6 @@ LORAS = "hywu_loras"  # models/hywu_loras, output/hywu_loras and `hywu_loras:` i
 BUNDLED = Path(__file__).resolve().parent.parent / "models"  # the small checkpoint that comes with the pack
 BACKBONE = "hunyuan_image_3_moe"  # model_type in config.json
 GENERATOR = "parameter_generator"
-MAX_PICTURES = 3
 # Checkpoints lie at most this deep below a model folder ("publisher/model/part"); a list is made at every look at the graph.
 MAX_DEPTH = 3
 # A preview shows at most so many latent cells a side: decoding stays cheap next to a denoise step at any size.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, RequestError
+from ..json_fields import read_text
 
 NAMES = ("None", "en_unified", "en_vanilla", "en_recaption", "en_think_recaption", "dynamic", "custom")
 _UNIFIED, _TABLE = "unified_system_prompt_en", "t2i_system_prompts"
@@ -65,12 +66,7 @@ def read_system_prompts(folder: Path) -> SystemPrompts:
         CheckpointError: the file is missing, is no Python text, or computes a wanted text in a way that needs running it.
     """
     path = Path(folder) / "system_prompt.py"
-    try:
-        source = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: the folder is no complete checkpoint; download it again") from None
-    except UnicodeDecodeError as error:
-        raise CheckpointError(f"{path} is not UTF-8 ({error}): download it again") from None
+    source = read_text(path)
     if len(source) > _MAX_CHARACTERS:
         raise CheckpointError(f"{path} has {len(source)} characters, a system prompt file has at most {_MAX_CHARACTERS}")
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from ..config import BackboneConfig
 from ..errors import CheckpointError
+from ..json_fields import read_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -89,12 +90,7 @@ class Tokenizer:
         import tokenizers
 
         path = Path(folder) / "tokenizer.json"
-        try:
-            text = path.read_text(encoding="utf-8")
-        except FileNotFoundError:
-            raise CheckpointError(f"{path} is missing: the folder is no complete checkpoint; download it again") from None
-        except UnicodeDecodeError as error:
-            raise CheckpointError(f"{path} is not UTF-8 ({error}): download it again") from None
+        text = read_text(path)
         with _DamagedFile(path):
             core = tokenizers.Tokenizer.from_str(text)
         return cls(core, config, str(path))
