@@ -16,6 +16,8 @@ class Adapter(NamedTuple):
     ``a``: (R, I) or (E, R, I); ``b``: (O, R) or (E, O, R); ``scale``: (R,) fp32, what multiplies each rank (alpha / rank ·
     strength; bf16 would round a strength of 0.3 by 0.3 %).
     Several LoRAs on one projection are one Adapter with their ranks side by side, so a changed strength touches ``scale`` only.
+    In training every row of a batch has a LoRA of its own: then ``a`` is (B, R, I) or (B, E, R, I), ``b`` alike, and the functions
+    whose names end in ``_rows`` apply it.
     """
 
     a: torch.Tensor
@@ -33,6 +35,13 @@ def adapted_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, adapter: Adapter
         return y_TO
     u_TR = ((x_TI @ adapter.a.mT) * adapter.scale).to(x_TI.dtype)
     return torch.addmm(y_TO, u_TR, adapter.b.mT)
+
+
+def adapted_linear_rows(x_BLI: torch.Tensor, weight_OI: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """``adapted_linear`` with one LoRA a row: a (B, R, I), b (B, O, R), or B = 1 for all; x_BLI to (B, L, O)."""
+    y_BLO = x_BLI @ weight_OI.mT
+    u_BLR = ((x_BLI @ adapter.a.mT) * adapter.scale).to(x_BLI.dtype)
+    return y_BLO + u_BLR @ adapter.b.mT
 
 
 def expert_mlp(
@@ -85,3 +94,36 @@ def expert_mlp(
 def _add_lora(y_pO: torch.Tensor, x_pI: torch.Tensor, adapter: Adapter, expert: int) -> torch.Tensor:
     u_pR = ((x_pI @ adapter.a[expert].mT) * adapter.scale).to(x_pI.dtype)
     return torch.addmm(y_pO, u_pR, adapter.b[expert].mT)
+
+
+def expert_mlp_rows(
+    x_BLD: torch.Tensor,
+    gate_and_up_EFD: torch.Tensor,
+    down_EDF: torch.Tensor,
+    expert_BLK: torch.Tensor,
+    weight_BLK: torch.Tensor,
+    up: Adapter,
+    gate: Adapter,
+    down: Adapter,
+) -> torch.Tensor:
+    """``expert_mlp`` with one LoRA a row of the batch: a (B, E, R, I), b (B, E, O, R), or B = 1 for all.
+
+    Every expert sees every token and those not chosen get the weight zero: E / K times the arithmetic, but no sorting by both row
+    and expert. Meant for training small models.
+
+    Returns: (B, L, D) in the dtype of x.
+    """
+    experts, width, inner = down_EDF.shape
+    share_BLE = x_BLD.new_zeros(*x_BLD.shape[:2], experts).scatter(-1, expert_BLK, weight_BLK.to(x_BLD.dtype))
+    base_BLEF = (x_BLD @ gate_and_up_EFD.flatten(0, 1).mT).unflatten(-1, (experts, 2 * inner))
+    up_BELF, gate_BELF = base_BLEF.transpose(1, 2).chunk(2, dim=-1)
+    up_BELF = up_BELF + _lora_rows(x_BLD.unsqueeze(1), up)
+    gate_BELF = gate_BELF + _lora_rows(x_BLD.unsqueeze(1), gate)
+    hidden_BELF = up_BELF * F.silu(gate_BELF) * share_BLE.transpose(1, 2).unsqueeze(-1)
+    base_BLD = hidden_BELF.transpose(1, 2).flatten(2) @ down_EDF.transpose(1, 2).flatten(0, 1)
+    return base_BLD + _lora_rows(hidden_BELF, down).sum(dim=1)
+
+
+def _lora_rows(x_BELI: torch.Tensor, adapter: Adapter) -> torch.Tensor:
+    """(B, E or 1, L, I) through each row's and expert's own A and B: (B, E, L, O)."""
+    return ((x_BELI @ adapter.a.mT) * adapter.scale).to(x_BELI.dtype) @ adapter.b.mT

@@ -32,6 +32,8 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., I) -> (..., O)."""
+        if self.adapter is not None and self.adapter.a.ndim == 3:  # one LoRA a row: training
+            return reference.adapted_linear_rows(x, self.weight, self.adapter)
         y_TO = reference.adapted_linear(x.reshape(-1, x.shape[-1]), self.weight, self.adapter)
         return y_TO.view(*x.shape[:-1], -1)
 
@@ -74,8 +76,15 @@ class Experts(nn.Module):
     def attached(self) -> list[str]:
         return sorted(self.adapters)
 
-    def forward(self, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
-        """The weighted sum of the chosen experts, (T, D)."""
-        return reference.expert_mlp(
+    def forward(self, x_BLD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor) -> torch.Tensor:
+        """The weighted sum of the chosen experts, (B, L, D); T = B * L."""
+        rows, length, width = x_BLD.shape
+        if "w3" in self.adapters and self.adapters["w3"].a.ndim == 4:  # one LoRA a row: training
+            return reference.expert_mlp_rows(
+                x_BLD, self.gate_and_up_proj, self.down_proj, expert_TK.view(rows, length, -1),
+                weight_TK.view(rows, length, -1), up=self.adapters["w3"], gate=self.adapters["w1"], down=self.adapters["w2"])
+        x_TD = x_BLD.reshape(-1, width)
+        y_TD = reference.expert_mlp(
             x_TD, self.gate_and_up_proj, self.down_proj, expert_TK, weight_TK,
             up=self.adapters.get("w3"), gate=self.adapters.get("w1"), down=self.adapters.get("w2"))
+        return y_TD.view(x_BLD.shape)

@@ -19,7 +19,10 @@ TIMESTEP_SCALE = 1000.0
 
 
 def embed(backbone: Backbone, sequence: Sequence, pictures: Many[EncodedPicture]) -> torch.Tensor:
-    """(B, L, D) embeddings of a sequence with its source pictures in place; a canvas keeps its word embeddings."""
+    """(B, L, D) embeddings of a sequence with its source pictures in place; a canvas keeps its word embeddings.
+
+    A picture's tokens are (L, D), the same for all rows, or (B, L, D) in training, where every row has pictures of its own.
+    """
     hidden_BLD = backbone.model.wte(sequence.ids_BL.to(backbone.device))
     for image in sequence.images:
         if image.kind == "vae":
@@ -35,20 +38,21 @@ def embed(backbone: Backbone, sequence: Sequence, pictures: Many[EncodedPicture]
 def canvas(
     backbone: Backbone, sequence: Sequence, latent_bchw: torch.Tensor, t: torch.Tensor, t_next: torch.Tensor, guidance: float
 ) -> torch.Tensor:
-    """(1, n, D) tokens of the canvas at time ``t`` (0..1000): timestep, guidance and next timestep where the backbone has
-    them, and the noisy latent (1, c, h, w). All rows of a request share it.
+    """(b, n, D) tokens of the canvas at time ``t`` (0..1000, one or b of them): timestep, guidance and next timestep where the
+    backbone has them, and the noisy latents (b, c, h, w). All rows of a request share one; in training each row has its own.
     """
     device = backbone.device
-    t_B = t.reshape(1).to(device)
-    tokens = [backbone.timestep_emb(t_B)]
+    b = latent_bchw.shape[0]
+    t_B = t.reshape(-1).to(device).expand(b)
+    tokens = [backbone.timestep_emb(t_B).unsqueeze(1)]
     if sequence.guidance is not None:
         # The distilled backbone was trained with its guidance rounded to bf16 (2.5 -> 2500 -> 2496), spec section 8.
         scaled = torch.tensor([TIMESTEP_SCALE * guidance]).bfloat16().float()
-        tokens.append(backbone.guidance_emb(scaled.to(device)))
+        tokens.append(backbone.guidance_emb(scaled.to(device)).unsqueeze(1).expand(b, -1, -1))
     if sequence.gen_timestep_r is not None:
-        tokens.append(backbone.timestep_r_emb(t_next.reshape(1).to(device)))
-    tokens.append(backbone.patch_embed(latent_bchw.to(device), backbone.time_embed(t_B))[0])
-    return torch.cat(tokens).unsqueeze(0)
+        tokens.append(backbone.timestep_r_emb(t_next.reshape(-1).to(device).expand(b)).unsqueeze(1))
+    tokens.append(backbone.patch_embed(latent_bchw.to(device), backbone.time_embed(t_B)))
+    return torch.cat(tokens, dim=1)
 
 
 def rope_table(backbone: Backbone, sequence: Sequence) -> Rope:

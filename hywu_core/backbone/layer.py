@@ -105,8 +105,7 @@ class MixtureOfExperts(nn.Module):
 
     def forward(self, x_BLD: torch.Tensor) -> torch.Tensor:
         x_TD = x_BLD.reshape(-1, x_BLD.shape[-1])
-        routed_TD = self.experts(x_TD, *self.gate(x_TD))
-        return self.shared_mlp(x_BLD) + routed_TD.view(x_BLD.shape)
+        return self.shared_mlp(x_BLD) + self.experts(x_BLD, *self.gate(x_TD))
 
 
 class DecoderLayer(nn.Module):

@@ -5,7 +5,7 @@ on entry and takes them off on exit, error and cancel. The weights themselves ar
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -68,10 +68,7 @@ def attached(model: ModelHandle) -> Iterator[None]:
     LoRAs of strength 0 are left out. Raises LoRAError if another block is still holding this backbone.
     """
     backbone = model.backbone
-    holding = [name for name, module in backbone.adapted_modules() if module.attached()]
-    if holding:
-        raise LoRAError(
-            f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
+    _refuse_second(backbone)
     active = [injected for injected in model.loras if injected.strength != 0.0]
     try:
         if active:
@@ -79,6 +76,35 @@ def attached(model: ModelHandle) -> Iterator[None]:
         yield
     finally:
         _detach(backbone)
+
+
+@contextmanager
+def attached_rows(backbone: Backbone, matrices: Mapping[str, torch.Tensor], scale: float) -> Iterator[None]:
+    """While the block runs, each row of a batch has a LoRA of its own: for training, gradients flow into ``matrices``.
+
+    matrices: reference key -> A (B, R, I) or (B, E, R, I), B (B, O, R) or (B, E, O, R), as the generator's tokens give them.
+    B is 1 for one LoRA that all rows share. Raises LoRAError for a missing target, or if the backbone carries a LoRA already.
+    """
+    _refuse_second(backbone)
+    try:
+        for name, module in backbone.adapted_modules():
+            for target in module.targets():
+                path = f"{name}.{target.name}".rstrip(".")
+                if f"{path}.lora_A" not in matrices or f"{path}.lora_B" not in matrices:
+                    raise LoRAError(f"the LoRA has no matrices for {path}, expected lora_A and lora_B: its generator was made "
+                                    "for another backbone")
+                a, b = matrices[f"{path}.lora_A"], matrices[f"{path}.lora_B"]
+                module.attach(target.name, Adapter(a, b, a.new_full((a.shape[-2],), scale, dtype=torch.float32)))
+        yield
+    finally:
+        _detach(backbone)
+
+
+def _refuse_second(backbone: Backbone) -> None:
+    holding = [name for name, module in backbone.adapted_modules() if module.attached()]
+    if holding:
+        raise LoRAError(
+            f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
 
 
 def _attach(backbone: Backbone, active: list[InjectedLoRA]) -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from comfyui_hywu.kernels.reference import Adapter, adapted_linear, expert_mlp
+from comfyui_hywu.kernels.reference import Adapter, adapted_linear, adapted_linear_rows, expert_mlp, expert_mlp_rows
 
 D, F, E, K, R = 12, 10, 5, 2, 3
 
@@ -96,3 +96,31 @@ def test_gradients_reach_the_lora():
         torch.randn(E, D, F, generator=generator), expert, torch.rand(expert.shape, generator=generator), *lora)
     out.square().sum().backward()
     assert all(part.a.grad.abs().sum() > 0 and part.b.grad.abs().sum() > 0 for part in lora)
+
+
+def rows_adapter(generator, rows, out_features, in_features, experts=(), scale=1.3):
+    return Adapter(
+        torch.randn(rows, *experts, R, in_features, generator=generator),
+        torch.randn(rows, *experts, out_features, R, generator=generator), torch.full((R,), scale))
+
+
+@pytest.mark.parametrize("loras", (3, 1), ids=("one a row", "one for all rows"))
+def test_rows_equal_one_row_at_a_time(loras):
+    generator, rows, length = torch.Generator().manual_seed(2), 3, 5
+    x = torch.randn(rows, length, D, generator=generator)
+    linear, weight = rows_adapter(generator, loras, F, D), torch.randn(F, D, generator=generator)
+    got = adapted_linear_rows(x, weight, linear)
+    for row in range(rows):
+        one = Adapter(linear.a[row % loras], linear.b[row % loras], linear.scale)
+        assert torch.allclose(got[row], adapted_linear(x[row], weight, one), atol=1e-5)
+
+    gate_and_up, down = torch.randn(E, 2 * F, D, generator=generator), torch.randn(E, D, F, generator=generator)
+    expert = torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(rows * length)]).view(rows, length, K)
+    share = torch.rand(rows, length, K, generator=generator)
+    adapters = [rows_adapter(generator, loras, F, D, (E,)), rows_adapter(generator, loras, F, D, (E,), 0.4),
+                rows_adapter(generator, loras, D, F, (E,), -0.7)]
+    got = expert_mlp_rows(x, gate_and_up, down, expert, share, *adapters)
+    for row in range(rows):
+        one = [Adapter(each.a[row % loras], each.b[row % loras], each.scale) for each in adapters]
+        want = expert_mlp(x[row], gate_and_up, down, expert[row], share[row], *one)
+        assert (got[row] - want).abs().max() <= 1e-5 * want.abs().max()
