@@ -1,4 +1,4 @@
-"""``hywu``: edit a photo, think aloud, or look into a checkpoint or LoRA, from a terminal.
+"""``hywu``: edit a photo, think aloud, look into a checkpoint or LoRA, or train a small checkpoint, from a terminal.
 
 Owns arguments, progress on a terminal and exit codes: 0 done, 1 refused (one line says why and what to do), 2 wrong arguments,
 130 interrupted. The work itself is ``edit.py``'s and ``describe.py``'s.
@@ -13,13 +13,13 @@ from pathlib import Path
 from .errors import HYWUError, RequestError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "hywu-mini"
-COMMANDS = ("edit", "think", "inspect")
+COMMANDS = ("edit", "think", "inspect", "train")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parsers = {"edit": _edit_parser, "think": _think_parser, "inspect": _inspect_parser}
+    parsers = {"edit": _edit_parser, "think": _think_parser, "inspect": _inspect_parser, "train": _train_parser}
     if not arguments or arguments[0] not in parsers:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(f"usage: hywu {{{','.join(COMMANDS)}}} ...   (hywu COMMAND --help says more)",
@@ -172,6 +172,34 @@ def _inspect(options: argparse.Namespace) -> None:
     from .describe import describe
 
     print(describe(options.path))
+
+
+def _train_parser():
+    parser = argparse.ArgumentParser(
+        prog="hywu train", description="Train a small HY-WU on a folder of photos. Run the same line again to go on where a "
+                                       "killed run stopped.")
+    parser.add_argument("recipe", help="a shipped recipe (mini, smoke) or a .json file with what differs from mini")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of pictures, searched to its depth")
+    parser.add_argument("--run", type=Path, required=True, help="folder for states, log and samples; the checkpoint ends up in "
+                                                                "its folder 'checkpoint'")
+    parser.add_argument("--seed", type=int, help="of everything that is drawn (default: the recipe's)")
+    parser.add_argument("--device", default="cpu", help="torch device to train on (default: cpu)")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast: faster where the hardware has it")
+    return parser, _train
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dataclasses import replace
+
+    from .training.recipe import Recipe
+    from .training.run import train
+
+    recipe = Recipe.load(options.recipe)
+    if options.seed is not None:
+        recipe = replace(recipe, seed=options.seed)
+    out = train(recipe, options.photos, options.run, device=options.device, autocast=options.autocast, on_stage=Terminal,
+                on_log=lambda line: print(line, file=sys.stderr, flush=True))
+    print(out)
 
 
 def _load_model(options: argparse.Namespace):
