@@ -2,12 +2,15 @@
 # make demo     one edit of a real photo in a real ComfyUI -> output/demo.png
 # make test     all tests, with transformers 4.57 and 5.x, and parity with the reference's numbers
 # make parity CASE=DIR    one golden case (default: the committed one), one line a stage
+# make retrain  the bundled small checkpoint from nothing, into .cache/retrain (PHOTOS=DIR: other photos than Debian's wallpapers)
+# make ablation the paper's experiments on it -> docs/ablation.md, benchmarks/results/ablation.json
 # make lint
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 CASE ?=
+PHOTOS ?= .cache/photos
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -18,7 +21,7 @@ HELD := $(VENV)/constraints.txt
 TRANSFORMERS5 := .cache/transformers-5
 READY5 := $(TRANSFORMERS5)/ready
 
-.PHONY: setup demo test test-transformers-5 parity lint clean
+.PHONY: setup demo test test-transformers-5 parity retrain ablation lint clean
 
 setup: $(READY)
 	@$(PY) -m comfyui_hywu.tests.comfy.fetch
@@ -55,6 +58,16 @@ test-transformers-5: $(READY5)
 
 parity: $(READY)
 	@$(PY) -m comfyui_hywu.tests.golden.parity "$(CASE)"
+
+.cache/photos: $(READY)
+	$(PY) models/fetch_photos.py $@
+
+retrain: $(READY) $(PHOTOS)
+	$(VENV)/bin/hywu train mini --photos $(PHOTOS) --run .cache/retrain
+
+ablation: $(READY) $(PHOTOS)
+	$(PIP) -c $(HELD) -r benchmarks/requirements.txt
+	$(PY) -m comfyui_hywu.benchmarks.ablation --photos $(PHOTOS) --run .cache/ablation
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

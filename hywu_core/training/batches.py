@@ -79,7 +79,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class _Variant:
-    """An edit, and for "restore" the damage: what decides how long the thinking is."""
+    """An edit, and for "restore" the damage, None for none."""
 
     edit: str
     damage: str | None
@@ -96,7 +96,8 @@ class Batches:
         self.config, self.generation, self.kernel, self.offset = config, generation, kernel, offset
         self.buckets = Buckets.of(config)
         self.variants = [
-            _Variant(edit, damage) for edit in recipe.edit_names() for damage in (DAMAGES if edit == "restore" else (None,))]
+            _Variant(edit, damage)
+            for edit in recipe.edit_names() for damage in ((*DAMAGES, None) if edit == "restore" else (None,))]
         seen = ("dark", "gray")
         self.lengths = {
             variant: self._count(language.thinking(variant.edit, seen, variant.damage, seen)) for variant in self.variants}
@@ -130,7 +131,11 @@ class Batches:
                                 draws)
         grids = list(self.crops)
         if grid is None:
-            grid = draws.choose.choices(grids, [len(self.crops[each]) for each in grids])[0]
+            shares = self.recipe.grids()
+            grid = draws.choose.choices(grids, [shares.get(each, 0.0) + 1e-9 for each in grids])[0]
+            # Large pictures cost more: fewer of them.
+            chosen = chosen[: max(min(rows, 4), min(rows, rows * 64 // (grid[0] * grid[1])))]
+            rows = len(chosen)
         picks = draws.numpy.integers(0, len(self.crops[grid]), rows)
         clean = self.crops[grid][picks].astype(np.float32) / 255
         other = None
@@ -168,7 +173,7 @@ class Batches:
         for row, (variant, _) in enumerate(chosen):
             second = None if other is None else other[row]
             source = clean[row]
-            if variant.edit == "restore":
+            if variant.damage is not None:
                 source = damaged(source, variant.damage, draws.numpy)
             shown.append((source * 255).round().astype(np.uint8))
             wanted.append(edited(clean[row] if variant.edit == "restore" else source, variant.edit, second))

@@ -21,9 +21,10 @@ RATIO_CODE = slice(168, 184)
 RESERVED = slice(128, 166)  # nothing but what is written here may touch these
 WORKSPACE = 166  # from here on the language may write; everything below belongs to pictures
 LEVEL = 120.0  # of the constant channel
-PAIR = 8.0  # of the constant pairs at t = 1, in latent units
-GAIN, BIAS = 4.0, 8.0  # put the last SiLU's input into 5..11, where it is the identity
+PAIR = 24.0  # of the constant pairs at t = 1, in latent units: large, so that the norm hardly sees the picture
+GAIN, BIAS = 4.0, 12.0  # put the last SiLU's input into 6..18, where it is the identity
 SKILL, SKILL_SIGNS = 2.0, {-2: -1.0, -1: 1.0}  # layer from the end -> its units take away or add
+ALWAYS = 3.0  # of values that never change, for the constant part of an edit's LoRA to read
 SLOW = (12, 13, 14, 15)  # rotary frequencies that hardly turn within a sequence
 
 

@@ -1,14 +1,14 @@
 """The backbone's structured start: at step 0 it can already copy its first source picture, whatever text lies between.
 
 Owns the weights that follow from the channel map; no gradient is needed for any of it but a 10 x 33 projection
-(``places.find_places``). The ideas: (1) a large constant channel makes the RMS norms nearly linear; (2) two heads
-of one layer carry the 64 latent channels of the cell they look at; (3) the final layer forms x_t - copy, and a pair of
-constants that grows with t inside each norm group turns it into (x_t - copy) / t, which is the velocity. (4) Where to look is found by
-place: zero padding tells a latent cell that it lies near a border, heads of layer 0 look two cells up, down, left and right,
-heads of layer 1 four cells, and equal findings attract each other in the copy layer: up to 16 cells a side are told apart.
-(5) Behind an ``<eoi>`` a source picture knows that it is not the first. (6) *Skills that nothing reaches*: in the last two
-layers 64 units each read one latent channel of the copy and would add it to or take it from the picture, but their gates
-are closed. What a LoRA has to do for an edit is to open some of them.
+(``places.find_places``). The ideas: (1) A large constant channel makes the RMS norms nearly linear. (2) Two heads of one layer
+carry the 64 latent channels of the cell they look at. (3) The final layer forms x_t - copy, and a pair of constants that grows
+with t inside each norm group turns it into (x_t - copy) / t, which is the velocity. (4) Where to look is found by place: zero
+padding tells a latent cell that it lies near a border, heads of layer 0 look two cells up, down, left and right, heads of layer
+1 four cells, and equal findings attract each other in the copy layer: up to 16 cells a side are told apart. (5) Behind an
+``<eoi>`` a source picture knows that it is not the first. (6) *Skills that nothing reaches*: in the last two layers 64 units
+each read one latent channel of the copy and would take it from the picture or add to it, but their gates are closed. What a
+LoRA has to do for an edit is to open some of them.
 """
 
 import torch
@@ -95,9 +95,9 @@ def _layers(model: Backbone) -> None:
             rows[half, -1, :, half * q : (half + 1) * q] = eye
             columns[:, half, 0] = 0
             columns[at.COPY.start + half * q : at.COPY.start + (half + 1) * q, half, 0] = eye
-        # One value that is 1 wherever a free head looks: the constant part of an edit's LoRA can read it.
+        # One value that is the same wherever a free head looks: the constant part of an edit's LoRA can read it.
         rows[2, -1, -1] = 0
-        rows[2, -1, -1, at.CONSTANT] = 1.0
+        rows[2, -1, -1, at.CONSTANT] = at.ALWAYS
 
 
 def _patch_embed(model: Backbone) -> None:
@@ -182,7 +182,7 @@ def _repeat_ratio(model: Backbone, size_id: int, ratio_ids: list[int]) -> None:
 
 
 def _skills(model: Backbone) -> None:
-    """Closed units for a LoRA to open: see (6) above; the unit behind them is 1 and writes nowhere."""
+    """Closed units for a LoRA to open: see (6) above; the unit behind them is always the same and writes nowhere."""
     for index, sign in at.SKILL_SIGNS.items():
         mlp = model.model.layers[index].mlp.shared_mlp
         up, gate = mlp.gate_and_up_proj.weight.chunk(2)
@@ -192,7 +192,7 @@ def _skills(model: Backbone) -> None:
         down[:, : at.LATENTS + 1] = 0
         up[:at.LATENTS, at.COPY] = torch.eye(at.LATENTS)
         down[at.COPY, :at.LATENTS] = sign * at.SKILL * torch.eye(at.LATENTS)
-        up[at.LATENTS, at.CONSTANT], gate[at.LATENTS, at.CONSTANT] = 1 / F.silu(torch.tensor(4.0)), 4.0
+        up[at.LATENTS, at.CONSTANT], gate[at.LATENTS, at.CONSTANT] = at.ALWAYS / F.silu(torch.tensor(4.0)), 4.0
 
 
 def protect(model: Backbone) -> dict[torch.nn.Parameter, torch.Tensor]:

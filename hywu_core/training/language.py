@@ -11,7 +11,7 @@ import re
 from functools import cache
 from pathlib import Path
 
-from .edits import DAMAGES, EDITS
+from .edits import EDITS
 
 SYSTEM_PROMPT = "edit the photo"
 LANGUAGES = ("en", "zh")
@@ -37,7 +37,7 @@ SWAPS = {
     "colorful": ("colorful", "colourful"),
 }
 BRIGHTNESS, HUES = ("dark", "medium", "bright"), ("gray", "purple", "blue", "green", "brown", "red")
-FOUND = {"blur": "blurry", "noise": "noisy", "fade": "faded", "cast": "off color"}
+FOUND = {"blur": "blurry", "noise": "noisy", "fade": "faded", "cast": "tinted", None: "fine"}  # damage -> one word
 TOKEN = re.compile(r"[\u3400-\u9fff\u3007]|[^\W\u3400-\u9fff\u3007]+|[^\w\s]")
 
 STRUCTURE = (
@@ -71,19 +71,17 @@ def held_out(edit: str, language: str) -> list[str]:
 
 
 def thinking(edit: str, seen: tuple[str, str], damage: str | None = None, other: tuple[str, str] | None = None) -> str:
-    """The thinking text that is taught: a thought that says what is found and done, and a description of the wanted picture.
+    """The thinking that is taught: a thought that says what to do and what is found, then what the wanted picture shows.
+
+    It has equally many words for all edits of one picture, so that its length gives nothing away.
 
     seen: brightness and hue of the source (``edits.describe``); damage: what "restore" finds; other: what picture 2 looks like.
     """
     word, place = EDITS[edit].word, f"a {seen[0]} {seen[1]} scene"
-    thought = f"make it {word} ."
-    if edit == "expose":
-        thought = f"it is {seen[0]} , make it {word} ."
-    elif edit == "restore":
-        thought = f"it is {FOUND[damage]} , make it {word} ."
-    elif edit == "match":
+    found = FOUND[damage] if edit == "restore" else seen[0]
+    if edit == "match":
         place += f" in {other[0]} {other[1]} colors"
-    return f"<think>{thought}</think><recaption>a {word} photo of {place}</recaption>"
+    return f"<think>make it {word} , it is {found} .</think><recaption>a {word} photo of {place}</recaption>"
 
 
 def names_edit(text: str, edit: str) -> bool:
@@ -91,7 +89,7 @@ def names_edit(text: str, edit: str) -> bool:
     thought, _, caption = text.partition("<recaption>")
     thought, caption = " ".join(thought.replace("<", " <").split()), " ".join(caption.split())
     word = EDITS[edit].word
-    return f"make it {word} ." in thought and caption.startswith(f"a {word} photo")
+    return f"make it {word} ," in thought and caption.startswith(f"a {word} photo")
 
 
 def tokens(text: str) -> list[str]:
@@ -103,7 +101,7 @@ def vocabulary() -> dict[str, int]:
     """Words in a fixed order, ``<unk>`` first."""
     seen = list(itertools.product(BRIGHTNESS, HUES))
     made = [re.sub("<[^>]*>", " ", thinking(edit, one, damage, two)) for edit in EDITS
-            for one in seen for two in seen[:6] + seen[::6] for damage in DAMAGES]
+            for one in seen for two in seen[:6] + seen[::6] for damage in FOUND]
     made += [text for edit in phrases().values() for language in edit.values() for text in language["train"]]
     for group in (OBJECTS, BEFORE, AFTER):
         made += [text for texts in group.values() for text in texts]

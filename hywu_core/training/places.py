@@ -4,6 +4,8 @@ Owns the heads of the first layers that look around and tell the first source fr
 which equal findings attract each other in the copy layer. Which channel means what is ``copier.py``'s business.
 """
 
+from dataclasses import replace
+
 import torch
 from torch.nn import functional as F
 
@@ -154,3 +156,32 @@ def copy_errors(model: Backbone, batches: Batches, pictures: int = 1, t: float =
         source = batch.sources[0].latent_bchw
         errors[grid] = float((copied - source).square().mean() / source.square().mean())
     return errors
+
+
+@torch.no_grad()
+def calibrate(model: Backbone, batches: Batches, draws_of: int = 24) -> None:
+    """Fit each latent channel's gain and offset in the final layer, so that the plain backbone copies as exactly as it can.
+
+    Least squares on the velocity that would be right for a copy, on pictures of all grids and times.
+    """
+    rows = []
+    for number in range(draws_of):
+        draws = Draws.of(batches.recipe.seed, "calibrate", number)
+        batch = batches.draw(4, draws, pictures=1)
+        source_bchw = batch.sources[0].latent_bchw
+        copying = replace(batch, wanted_bchw=source_bchw)
+        noise_bchw = torch.randn(source_bchw.shape, generator=draws.torch)
+        t_B = torch.rand(batch.rows, generator=draws.torch) * 0.9 + 0.1
+        painted_bchw = predict_clean(model, copying, embed_pictures(model, batch), noise_bchw, t_B)
+        t = t_B.view(-1, 1, 1, 1)
+        right_bchw = noise_bchw - source_bchw
+        painted_bchw = right_bchw + (source_bchw - painted_bchw) / t
+        rows.append(torch.stack((painted_bchw, right_bchw)).permute(2, 0, 1, 3, 4).flatten(2))
+    velocity = torch.cat(rows, 2).double()  # (c, painted or right, values)
+    mean = velocity.mean(2, keepdim=True)
+    centred = velocity - mean
+    gain = (centred[:, 0] * centred[:, 1]).sum(1) / centred[:, 0].square().sum(1)
+    offset = mean[:, 1, 0] - gain * mean[:, 0, 0]
+    out = model.final_layer.model[1][2]
+    out.weight *= gain.float().view(-1, 1, 1, 1)
+    out.bias.mul_(gain.float()).add_(offset.float())

@@ -49,8 +49,8 @@ class DataSettings:
     """grids: "rows x cols" of 16-pixel cells -> share of the crops. validation: share of the crops that is never trained on."""
 
     grids: dict[str, float] = field(default_factory=lambda: {
-        "6x6": 0.22, "5x7": 0.1, "7x5": 0.08, "8x8": 0.18, "7x9": 0.08, "9x7": 0.06, "12x12": 0.1, "10x14": 0.06, "13x10": 0.05,
-        "9x15": 0.03, "14x10": 0.04})
+        "6x6": 0.28, "5x7": 0.12, "7x5": 0.1, "8x8": 0.2, "7x9": 0.08, "9x7": 0.06, "12x12": 0.06, "10x14": 0.04, "13x10": 0.02,
+        "9x15": 0.02, "14x10": 0.02})
     crops_per_photo: int = 40
     validation: float = 0.03
     chinese: float = 0.35  # share of the instructions

@@ -18,6 +18,7 @@ from ..checkpoint.load import usable_device
 from ..config import BackboneConfig, GenerationConfig, GeneratorConfig, VAEConfig
 from ..errors import RequestError
 from ..generator.model import ParameterGenerator
+from ..handle import ModelHandle
 from ..progress import Tick, silent
 from ..text.tokenizer import Tokenizer
 from ..vision.vae import VAE
@@ -69,27 +70,37 @@ def train(
     return out
 
 
-def prepare(recipe: Recipe, photo_folder: Path, folder: Path, on_tick: Tick = silent, on_log: Log = lambda line: None) -> Run:
-    """Crops, texts and the VAE of a run, made or read back."""
+def prepare(
+    recipe: Recipe, photo_folder: Path, folder: Path, on_tick: Tick = silent, on_log: Log = lambda line: None,
+    model: ModelHandle | None = None,
+) -> Run:
+    """Crops, texts and the VAE of a run, made or read back; with ``model`` its texts and VAE are taken instead."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _same_recipe(recipe, folder)
     crops = _crops(recipe, photo_folder, folder, on_tick, on_log)
-    write_texts(folder / "texts", recipe)
-    config = BackboneConfig.from_folder(folder / "texts")
-    generation = GenerationConfig.from_folder(folder / "texts", config)
-    tokenizer = Tokenizer.from_folder(folder / "texts", config)
-    vae = VAE(VAEConfig.from_dict(linear_vae.CONFIG))
-    if (folder / "vae.safetensors").is_file():
-        vae.load_state_dict(load_file(folder / "vae.safetensors"))
-        vae.eval().requires_grad_(False)
+    if model is None:
+        write_texts(folder / "texts", recipe)
+        config = BackboneConfig.from_folder(folder / "texts")
+        generation = GenerationConfig.from_folder(folder / "texts", config)
+        tokenizer, vae = Tokenizer.from_folder(folder / "texts", config), _vae(crops, recipe, folder)
     else:
-        vae = linear_vae.build([pixels[:VAE_CROPS] for pixels in crops.values()], recipe.seed)
-        _keep(vae.state_dict(), folder / "vae.safetensors")
+        config, generation, tokenizer, vae = model.config, model.generation, model.tokenizer, model.backbone.vae
     kernel, offset = linear_vae.as_convolution(vae)
     parts = _split(crops, recipe.data.validation)
-    batches = [Batches(recipe, part, tokenizer, config, generation, kernel, offset) for part in parts]
-    return Run(folder, recipe, crops, vae, *batches)
+    return Run(folder, recipe, crops, vae, *(
+        Batches(recipe, part, tokenizer, config, generation, kernel, offset) for part in parts))
+
+
+def _vae(crops: dict[tuple[int, int], np.ndarray], recipe: Recipe, folder: Path) -> VAE:
+    kept = folder / "vae.safetensors"
+    if kept.is_file():
+        vae = VAE(VAEConfig.from_dict(linear_vae.CONFIG))
+        vae.load_state_dict(load_file(kept))
+        return vae.eval().requires_grad_(False)
+    vae = linear_vae.build([pixels[:VAE_CROPS] for pixels in crops.values()], recipe.seed)
+    _keep(vae.state_dict(), kept)
+    return vae
 
 
 def base(run: Run, device: torch.device, precision: torch.autocast, on_tick: Tick = silent,

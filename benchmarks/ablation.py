@@ -1,0 +1,156 @@
+"""The paper's experiments on the small checkpoint: ``make ablation`` makes ``results/ablation.json`` and ``docs/ablation.md``.
+
+Held-out photos (scikit-image's) x held-out phrasings, thinking by the frozen base itself: PSNR and SSIM of (a) the source
+unchanged, (b) the frozen base, (c) one shared static LoRA, (d) full fine-tuning, (e) HY-WU, (f) HY-WU with the LoRA of another
+request, (g) the mean of HY-WU's LoRAs, (h) the LoRA of another photo for the same edit, and (z) the VAE's reconstruction of the
+true edit, which is the ceiling. (c), (d) and (e) are trained on the bundled base for the same steps and batches, several seeds.
+"""
+
+import argparse
+import copy
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from comfyui_hywu.hywu_core.cli import BUNDLED, Terminal
+from comfyui_hywu.hywu_core.config import GeneratorConfig
+from comfyui_hywu.hywu_core.generator.model import GeneratorHandle, load_generator
+from comfyui_hywu.hywu_core.handle import ModelHandle, load_model
+from comfyui_hywu.hywu_core.training import baselines, evaluate
+from comfyui_hywu.hywu_core.training.edits import EDITS
+from comfyui_hywu.hywu_core.training.generator_stage import new_generator, train_generator
+from comfyui_hywu.hywu_core.training.recipe import Recipe, generator_config
+from comfyui_hywu.hywu_core.training.run import Run, prepare
+from comfyui_hywu.hywu_core.vision.buckets import Buckets
+
+from .ablation_report import report
+from .record import RESULTS, machine
+
+PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
+STEPS = 2  # denoise steps; more change nothing
+
+
+def held_out_photos() -> list[Path]:
+    """Public-domain and CC0 photos inside the scikit-image package, none of which was trained on."""
+    import skimage
+
+    folder = Path(skimage.__file__).parent / "data"
+    return [folder / name for name in PHOTOS]
+
+
+def train_seed(run: Run, model: ModelHandle, recipe: Recipe, folder: Path):
+    """(e) a generator, (c) a static LoRA and (d) a fine-tuned copy of the base, for the same steps."""
+    folder.mkdir(parents=True, exist_ok=True)
+    full_precision = torch.autocast("cpu", enabled=False)
+    generator, config = new_generator(recipe, model.backbone, run.train)
+    train_generator(model.backbone, generator, config, run.train, run.held_out, recipe, folder, full_precision,
+                    Terminal(f"HY-WU {recipe.seed}"))
+    handle = GeneratorHandle(generator.eval().requires_grad_(False), config, f"ablation-{recipe.seed}")
+    parameters = baselines.train_static(
+        model.backbone, config, run.train, recipe.generator_stage, recipe.seed, folder, Terminal(f"static {recipe.seed}"))
+    tuned = copy.deepcopy(model.backbone)
+    settings = replace(recipe.generator_stage, rate=recipe.generator_stage.rate / 2)
+    baselines.train_full(tuned, run.train, settings, recipe.seed, folder, Terminal(f"full {recipe.seed}"))
+    tuned.requires_grad_(False)
+    return handle, parameters, replace(model, backbone=tuned)
+
+
+def measure(model: ModelHandle, asked: list, generator: GeneratorHandle) -> tuple[dict, list]:
+    """Scores of the variants that HY-WU's own LoRAs make, and these LoRAs."""
+    loras = evaluate.written(generator, asked)
+    mean = evaluate.mean_lora(loras)
+    variants = {
+        "e HY-WU": loras,
+        "f another request's LoRA": evaluate.shuffled(asked, loras),
+        "g mean LoRA": [mean] * len(asked),
+        "h another photo's LoRA": evaluate.of_another_photo(asked, loras),
+    }
+    made = {}
+    for name, chosen in variants.items():
+        painted = evaluate.paint(model, asked, chosen, steps=STEPS, on_tick=Terminal(name))
+        made[name] = evaluate.scores(asked, painted)
+    return made, loras
+
+
+def gradients(run: Run, model: ModelHandle, recipe: Recipe, trained: dict) -> dict[str, list]:
+    """Cosines between the tasks' gradients on the shared LoRA, at its start and when it is trained."""
+    config = GeneratorConfig.from_dict(generator_config(recipe.sizes, recipe.generator))
+    found = {}
+    for name, parameters in (("start", baselines.static_parameters(config, recipe.seed)), ("trained", trained)):
+        by_edit = baselines.task_gradients(model.backbone, config, parameters, run.train, 8, recipe.seed)
+        stack = torch.nn.functional.normalize(torch.stack(list(by_edit.values())), dim=1)
+        found[name] = (stack @ stack.T).tolist()
+    return found
+
+
+def lora_map(loras: list) -> list[list[float]]:
+    """Two principal components of all LoRAs: (x, y) of each."""
+    rows = torch.stack([torch.cat([value.flatten().float() for value in lora.tensors.values()]) for lora in loras])
+    rows = rows - rows.mean(0)
+    values, vectors = torch.linalg.eigh(rows @ rows.T)
+    return (vectors[:, -2:] * values[-2:].clamp_min(0).sqrt()).flip(1).tolist()
+
+
+def main() -> None:
+    """Run everything that is not in the run folder yet, then write the report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--photos", type=Path, required=True, help="folder of training photos")
+    parser.add_argument("--run", type=Path, required=True, help="folder for states; a killed run goes on from there")
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--recipe", default="ablation")
+    options = parser.parse_args()
+    began, recipe = time.time(), Recipe.load(options.recipe)
+    model = load_model(options.checkpoint / "backbone", dtype=torch.float32)
+    run = prepare(recipe, options.photos, options.run, Terminal("photos"), print, model)
+    edits = recipe.edit_names()
+    asked = evaluate.ask(
+        model, evaluate.cases(held_out_photos(), Buckets.of(model.config), edits), Terminal("think"))
+    results = {
+        "machine": machine(), "recipe": json.loads(recipe.to_json()), "steps": STEPS, "edits": list(edits),
+        "by_photo": [edit for edit in edits if EDITS[edit].by_photo],
+        "thinking": evaluate.thinking_accuracy(asked), "cases": [[each.case.photo, each.case.edit, each.case.instruction,
+                                                                  each.thinking] for each in asked]}
+    wanted = [each.case.wanted for each in asked]
+    fixed = {
+        "a source unchanged": evaluate.scores(asked, [each.case.source for each in asked]),
+        "b frozen base": evaluate.scores(
+            asked, evaluate.paint(model, asked, [None] * len(asked), steps=STEPS, on_tick=Terminal("b frozen base"))),
+        "z VAE of the true edit": evaluate.scores(asked, evaluate.through_vae(model, wanted)),
+    }
+    bundled, loras = measure(model, asked, load_generator(options.checkpoint / "generator", dtype=torch.float32))
+    results["bundled"] = {**fixed, **bundled}
+    results["map"] = lora_map(loras)
+    results["seeds"] = []
+    for seed in range(options.seeds):
+        seeded = replace(recipe, seed=seed)
+        generator, parameters, tuned = train_seed(run, model, seeded, options.run / f"seed-{seed}")
+        scores, _ = measure(model, asked, generator)
+        static = baselines.static_lora(parameters, generator.config)
+        painted = evaluate.paint(model, asked, [static] * len(asked), steps=STEPS, on_tick=Terminal("c static LoRA"))
+        scores["c one static LoRA"] = evaluate.scores(asked, painted)
+        again = [replace(each, condition=evaluate.encode(tuned, each.case.pictures, each.case.instruction, each.thinking))
+                 for each in asked]
+        scores["d full fine-tuning"] = evaluate.scores(
+            asked, evaluate.paint(tuned, again, [None] * len(asked), steps=STEPS, on_tick=Terminal("d fine-tuned")))
+        results["seeds"].append(scores)
+        if seed == 0:
+            results["gradients"] = gradients(run, model, seeded, parameters)
+    results["minutes"] = round((time.time() - began) / 60, 1)
+    (RESULTS / "ablation.json").write_text(json.dumps(_rounded(results)) + "\n")
+    print(report(RESULTS / "ablation.json"))
+
+
+def _rounded(value):
+    if isinstance(value, float | np.floating):
+        return round(float(value), 4)
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+if __name__ == "__main__":
+    main()
