@@ -15,17 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from comfyui_hywu.hywu_core.cli import BUNDLED, Terminal
-from comfyui_hywu.hywu_core.config import GeneratorConfig
-from comfyui_hywu.hywu_core.generator.model import GeneratorHandle, load_generator
-from comfyui_hywu.hywu_core.handle import ModelHandle, load_model
-from comfyui_hywu.hywu_core.training import baselines, evaluate
-from comfyui_hywu.hywu_core.training.edits import EDITS
-from comfyui_hywu.hywu_core.training.generator_stage import new_generator, train_generator
-from comfyui_hywu.hywu_core.training.recipe import Recipe, generator_config
-from comfyui_hywu.hywu_core.training.run import Run, prepare
-from comfyui_hywu.hywu_core.vision.buckets import Buckets
 
+from ..hywu_core.cli import BUNDLED, Terminal
+from ..hywu_core.config import GeneratorConfig
+from ..hywu_core.generator.model import GeneratorHandle, load_generator
+from ..hywu_core.handle import ModelHandle, load_model
+from ..hywu_core.training import baselines, evaluate
+from ..hywu_core.training.edits import EDITS
+from ..hywu_core.training.generator_stage import new_generator, train_generator
+from ..hywu_core.training.recipe import Recipe, generator_config
+from ..hywu_core.training.run import Run, prepare
+from ..hywu_core.vision.buckets import Buckets
 from .ablation_report import report
 from .record import RESULTS, machine
 

@@ -11,7 +11,7 @@ Tensor names end in capital letters, one per axis, in axis order (the key lives 
 Pictures and latents use lower-case axes as in ``pixels_bchw`` and ``latent_bchw``; module parameters keep the names of the
 published checkpoint. Floors (a file imports from floors below its own only)::
 
-    7 cli                        6 edit                          5 sampling, generator, describe
+    7 cli                        6 edit, training                5 sampling, generator, describe
     4 condition, think, lora     3 handle, backbone, text        2 vision, checkpoint
     1 kernels, config, json_fields, errors, progress, seeds
 """
