@@ -15,7 +15,7 @@ from ..lora.attach import attached_rows
 from ..lora.value import LoRA
 from ..progress import Tick, silent
 from .batches import Batch, Batches, Draws
-from .forward import decibels, embed_pictures, flow_errors, flow_loss
+from .forward import decibels, embed_pictures, flow_errors, flow_loss, on_device
 from .generator_stage import pixel_weights
 from .loop import Stage
 from .recipe import StageSettings
@@ -38,7 +38,7 @@ def static_parameters(config: GeneratorConfig, seed: int) -> dict[str, nn.Parame
 
 def static_lora(parameters: dict[str, nn.Parameter], config: GeneratorConfig) -> LoRA:
     """The trained baseline as a LoRA that any graph takes."""
-    return LoRA.from_tensors({key: value.detach()[0].clone() for key, value in parameters.items()}, config.alpha)
+    return LoRA.from_tensors({key: value.detach()[0].cpu().clone() for key, value in parameters.items()}, config.alpha)
 
 
 def static_errors(
@@ -58,10 +58,12 @@ def train_static(
 ) -> dict[str, nn.Parameter]:
     """Train one LoRA for all requests on the frozen backbone."""
     model.requires_grad_(False)
-    parameters, weight_c = static_parameters(config, seed), pixel_weights(batches)
+    weight_c = pixel_weights(batches).to(model.device)
+    parameters = {name: nn.Parameter(value.to(model.device)) for name, value in static_parameters(config, seed).items()}
 
     def step(draws: Draws):
-        errors_B = static_errors(model, config, parameters, batches.draw(settings.batch, draws), weight_c, draws)
+        errors_B = static_errors(
+            model, config, parameters, on_device(batches.draw(settings.batch, draws), model.device), weight_c, draws)
         return flow_loss(errors_B), {"dB": float(decibels(errors_B.detach()).mean())}
 
     Stage("static", folder, settings, seed, parameters).run(step, on_tick=on_tick, on_log=on_log)
@@ -73,11 +75,11 @@ def train_full(
     on_log: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Fine-tune every weight of ``model`` but the VAE's, in place."""
-    weight_c = pixel_weights(batches)
+    weight_c = pixel_weights(batches).to(model.device)
     parameters = {name: value for name, value in model.named_parameters() if not name.startswith(("vae.", "lm_head."))}
 
     def step(draws: Draws):
-        batch = batches.draw(settings.batch, draws)
+        batch = on_device(batches.draw(settings.batch, draws), model.device)
         errors_B = flow_errors(model, batch, embed_pictures(model, batch), weight_c, draws.torch)
         return flow_loss(errors_B), {"dB": float(decibels(errors_B.detach()).mean())}
 

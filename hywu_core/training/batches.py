@@ -124,9 +124,11 @@ class Batches:
     ) -> Batch:
         """A batch; what is None is drawn. thinks: whether the sequences hold thinking; pictures: sources a row, 1 or 2."""
         if thinks is None:
-            thinks = draws.choose.random() >= self.recipe.generator_stage.without_thinking
+            thinks = draws.choose.random() >= self.recipe.data.without_thinking
         names = [edit] if edit else list(self.recipe.edit_names())
-        first = draws.choose.choice([name for name in names if pictures in (None, EDITS[name].pictures)])
+        names = [name for name in names if pictures in (None, EDITS[name].pictures)]
+        # An edit of two pictures shares its batches with no other: it gets more of them.
+        first = draws.choose.choices(names, [3 if EDITS[name].pictures == 2 else 1 for name in names])[0]
         chosen = self._requests([name for name in names if EDITS[name].pictures == EDITS[first].pictures], first, rows, thinks,
                                 draws)
         grids = list(self.crops)
@@ -198,9 +200,9 @@ class Batches:
     def _answers(self, ids_BL: torch.Tensor, prefix: int, thinks: bool) -> torch.Tensor:
         """What is taught: everything behind ``<think>``, else behind ``<answer>``; last of all the ratio."""
         opening = self.tokenizer.id("<think>" if thinks else "<answer>")
-        begin = int((ids_BL[0] == opening).nonzero()[0])
+        begin_B1 = (ids_BL == opening).int().argmax(1, keepdim=True)
         answers_BL = ids_BL[:, 1 : prefix + 1].clone()
-        answers_BL[:, :begin] = -100
+        answers_BL[torch.arange(prefix) < begin_B1] = -100
         answers_BL[answers_BL == self.tokenizer.id(IMG)] = -100
         return answers_BL
 

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from ..condition import Condition, encode
+from ..errors import RequestError
 from ..generator.model import GeneratorHandle, write_lora
 from ..handle import ModelHandle
 from ..lora.attach import inject
@@ -175,27 +176,37 @@ def written(generator: GeneratorHandle, asked: Sequence[Asked]) -> list[LoRA]:
 
 
 def shuffled(asked: Sequence[Asked], loras: Sequence[LoRA]) -> list[LoRA]:
-    """Every case with the LoRA that was written for another edit of another photo."""
-    edits = list(dict.fromkeys(each.case.edit for each in asked))
-    rows = {edit: [number for number, each in enumerate(asked) if each.case.edit == edit] for edit in edits}
-    chosen = []
-    for each in asked:
-        place = rows[each.case.edit].index(next(n for n in rows[each.case.edit] if asked[n] is each))
-        # Every place of an edit takes from another edit, and all other edits get their turn.
-        step = 1 + place % (len(edits) - 1)
-        other = rows[edits[(edits.index(each.case.edit) + step) % len(edits)]]
-        chosen.append(loras[other[(place + 1) % len(other)]])
+    """Every case with the LoRA that was written for another edit of another photo; all other edits get their turn.
+
+    Raises:
+        RequestError: there is only one edit or one photo.
+    """
+    edits, chosen = list(dict.fromkeys(each.case.edit for each in asked)), []
+    for number, each in enumerate(asked):
+        others = [edit for edit in edits if edit != each.case.edit]
+        if not others:
+            raise RequestError(f"the cases have {len(edits)} edit, at least 2 are needed to take a LoRA of another one")
+        chosen.append(loras[_elsewhere(asked, number, others[number % len(others)])])
     return chosen
 
 
 def of_another_photo(asked: Sequence[Asked], loras: Sequence[LoRA]) -> list[LoRA]:
-    """Every case with the LoRA that was written for the same edit of the next photo that differs in what it needs."""
-    chosen = []
-    for number, each in enumerate(asked):
-        same = [other for other in range(len(asked)) if asked[other].case.edit == each.case.edit]
-        place = same.index(number)
-        chosen.append(loras[same[(place + 3) % len(same)]])  # odd: the other exposure; 3 of 4: another damage; another photo
-    return chosen
+    """Every case with the LoRA that was written for the same edit of another photo. Raises RequestError for one photo."""
+    return [loras[_elsewhere(asked, number, each.case.edit)] for number, each in enumerate(asked)]
+
+
+def _elsewhere(asked: Sequence[Asked], number: int, edit: str) -> int:
+    """The case of ``edit`` on another photo than case ``number``, an odd number of views on: the other exposure."""
+    def photo(index: int) -> str:
+        return asked[index].case.photo.rsplit("-", 1)[0]
+
+    rows = [index for index, each in enumerate(asked) if each.case.edit == edit]
+    place = number % len(rows)
+    for step in (*range(3, len(rows), 2), *range(1, len(rows))):
+        found = rows[(place + step) % len(rows)]
+        if photo(found) != photo(number):
+            return found
+    raise RequestError("the cases show 1 photo, at least 2 are needed to take a LoRA of another one")
 
 
 def mean_lora(loras: Sequence[LoRA]) -> LoRA:

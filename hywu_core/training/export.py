@@ -7,13 +7,13 @@ import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ..backbone.model import Backbone
 from ..checkpoint import slots
 from ..generator.model import ParameterGenerator
 from . import language
+from .files import write_tensors
 from .recipe import Recipe, backbone_config, generation_config, generator_config
 
 SYSTEM_PROMPT_FILE = f'''"""The system prompts of the small checkpoint: one short line, which it was trained with."""
@@ -53,12 +53,9 @@ def export_generator(generator: ParameterGenerator, folder: Path, recipe: Recipe
 
 
 def _save(module: nn.Module, folder: Path) -> None:
-    stored = {
-        name: value.detach().to("cpu", torch.float32 if any(part in name for part in EXACT) else torch.float16).contiguous()
-        for name, value in sorted(slots(module).items())}
-    aside = folder / "model.part"
-    save_file(stored, aside, metadata={"format": "pt"})
-    aside.replace(folder / "model.safetensors")
+    write_tensors({
+        name: value.detach().to("cpu", torch.float32 if any(part in name for part in EXACT) else torch.float16)
+        for name, value in sorted(slots(module).items())}, folder / "model.safetensors", {"format": "pt"})
 
 
 def _json(value: dict, path: Path) -> None:

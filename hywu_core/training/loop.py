@@ -7,7 +7,6 @@ step), so going on from a state gives bit for bit what an uninterrupted run give
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,12 +14,12 @@ from pathlib import Path
 import torch
 from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 from ..errors import RequestError
 from ..progress import Tick, silent
 from .batches import Draws
+from .files import write_tensors
 from .recipe import StageSettings
 
 LOG_EVERY = 25
@@ -36,7 +35,14 @@ class Stage:
         self, name: str, folder: Path, settings: StageSettings, seed: int, parameters: Mapping[str, nn.Parameter],
         masks: Mapping[nn.Parameter, torch.Tensor] | None = None,
     ):
-        """parameters: by the name under which they are kept. masks: 1 where a value may change, for some parameters."""
+        """parameters: by the name under which they are kept. masks: 1 where a value may change, for some parameters.
+
+        Raises:
+            RequestError: masks with weight decay, which would shrink what is masked.
+        """
+        if masks and settings.weight_decay:
+            raise RequestError(f"{name}: weight_decay is {settings.weight_decay}, expected 0 in this stage: part of its weights"
+                               " is held fixed, and decay would shrink it")
         self.name, self.folder, self.settings, self.seed = name, Path(folder), settings, seed
         self.parameters = dict(parameters)
         self.masks = {parameter: mask for parameter, mask in (masks or {}).items() if not bool(mask.all())}
@@ -119,24 +125,15 @@ class Stage:
         return f"{self.name} " + " ".join(f"{key} {value:.4g}" for key, value in line.items())
 
     def save(self) -> None:
-        """Write the state whole or not at all; ``load`` is its inverse."""
+        """Write the state whole or not at all; ``load`` is its inverse. Raises RequestError if the disk refuses."""
         tensors = {}
         for name, parameter in self.parameters.items():
             state = self.optimizer.state.get(parameter, {})
-            tensors[name] = parameter.detach().cpu().contiguous().clone()
+            tensors[name] = parameter
             for kind in ("exp_avg", "exp_avg_sq"):
                 if kind in state:
-                    tensors[f"{kind}/{name}"] = state[kind].cpu().contiguous()
-        aside = self.state_file.with_suffix(f".{os.getpid()}.part")
-        try:
-            save_file(tensors, aside, metadata={"step": str(self.step), "stage": self.name})
-            with open(aside, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(aside, self.state_file)
-        except OSError as error:
-            raise RequestError(f"{self.state_file} could not be written ({error}): free some space and run again") from None
-        finally:
-            aside.unlink(missing_ok=True)
+                    tensors[f"{kind}/{name}"] = state[kind]
+        write_tensors(tensors, self.state_file, {"step": str(self.step), "stage": self.name})
 
     def load(self) -> None:
         """Take weights, moments and step from the state on disk.

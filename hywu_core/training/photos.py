@@ -5,6 +5,7 @@ images, exposures and colour casts. Nothing of it is kept in a checkpoint.
 """
 
 import hashlib
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,8 @@ def find_pictures(folder: Path) -> list[Path]:
         if path.suffix.lower() not in SUFFIXES or path.is_symlink() or not path.is_file():
             continue
         # "contents/images/1920x1080.jpg", "contents/images/2560x1600.jpg": the same wallpaper.
-        key = str(path.parent) if path.stem.replace("x", "").isdigit() and "contents" in path.parts else str(path)
+        sized = re.fullmatch(r"\d+x\d+", path.stem) and "contents" in path.relative_to(folder).parts
+        key = str(path.parent) if sized else str(path)
         if key not in found or path.stat().st_size < found[key].stat().st_size:
             found[key] = path
     if not found:

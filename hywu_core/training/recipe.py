@@ -4,6 +4,7 @@ Owns the fields, their checks, and both published config files that follow from 
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,7 @@ class DataSettings:
     crops_per_photo: int = 40
     validation: float = 0.03
     chinese: float = 0.35  # share of the instructions
+    without_thinking: float = 0.15  # share of the batches whose sequences hold no thinking
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,6 @@ class StageSettings:
     weight_decay: float = 0.0
     sample_every: int = 250
     save_every: float = 120.0
-    without_thinking: float = 0.15  # share of requests whose sequence holds no thinking
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Recipe:
         """A shipped recipe by name ("mini") or a JSON file; a file names only what differs from the defaults.
 
         Raises:
-            RequestError: there is no such recipe, a field is unknown, or a value has the wrong kind.
+            RequestError: there is no such recipe, a field is unknown, or a value has the wrong kind or is out of range.
+            CheckpointError: the file is no JSON.
         """
         path = Path(name_or_path)
         if path.suffix != ".json":
@@ -96,7 +98,7 @@ class Recipe:
         if not path.is_file():
             known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.json")))
             raise RequestError(f"there is no recipe {name_or_path!r}: give one of {known}, or the path of a .json file")
-        return _filled(cls, read_json(path), str(path))
+        return _checked(_filled(cls, read_json(path), str(path)), str(path))
 
     def grids(self) -> dict[tuple[int, int], float]:
         """Share of the crops by (rows, cols)."""
@@ -110,6 +112,24 @@ class Recipe:
         from .edits import EDITS
 
         return self.edits or tuple(EDITS)
+
+
+def _checked(recipe: Recipe, where: str) -> Recipe:
+    from .edits import EDITS
+
+    if unknown := [name for name in recipe.edits if name not in EDITS]:
+        raise RequestError(f"{where}: edits has {unknown[0]!r}, known are {', '.join(EDITS)}")
+    for name, share in recipe.data.grids.items():
+        if not re.fullmatch(r"[1-9]\d?x[1-9]\d?", name) or not isinstance(share, int | float) or share < 0:
+            raise RequestError(f"{where}: grids has {name!r}: {share!r}, expected 'ROWSxCOLUMNS' and a share of 0 or more")
+    if sum(recipe.data.grids.values()) <= 0:
+        raise RequestError(f"{where}: grids has {len(recipe.data.grids)} entries whose shares add up to 0: give one at least")
+    for name in ("base_stage", "generator_stage"):
+        stage = getattr(recipe, name)
+        if stage.steps < 0 or stage.batch < 1 or not stage.rate > 0:
+            raise RequestError(f"{where}: {name} has steps {stage.steps}, batch {stage.batch}, rate {stage.rate}; expected at "
+                               "least 0 steps, a batch of at least 1 and a rate above 0")
+    return recipe
 
 
 def _filled(kind: type, raw: Any, where: str) -> Any:

@@ -11,13 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..backbone.model import Backbone
 from ..checkpoint.load import usable_device
-from ..config import BackboneConfig, GenerationConfig, GeneratorConfig, VAEConfig
+from ..config import BackboneConfig, GenerationConfig, VAEConfig
 from ..errors import RequestError
-from ..generator.model import ParameterGenerator
 from ..handle import ModelHandle
 from ..progress import Tick, silent
 from ..text.tokenizer import Tokenizer
@@ -26,6 +25,7 @@ from . import linear_vae, photos
 from .base_stage import born, train_base
 from .batches import Batches
 from .export import export_backbone, export_generator, write_texts
+from .files import write_tensors
 from .generator_stage import new_generator, train_generator
 from .recipe import Recipe
 
@@ -99,7 +99,7 @@ def _vae(crops: dict[tuple[int, int], np.ndarray], recipe: Recipe, folder: Path)
         vae.load_state_dict(load_file(kept))
         return vae.eval().requires_grad_(False)
     vae = linear_vae.build([pixels[:VAE_CROPS] for pixels in crops.values()], recipe.seed)
-    _keep(vae.state_dict(), kept)
+    write_tensors(vae.state_dict(), kept)
     return vae
 
 
@@ -139,17 +139,3 @@ def _same_recipe(recipe: Recipe, folder: Path) -> None:
         old, new = (hashlib.sha256(each.encode()).hexdigest()[:8] for each in (kept.read_text().strip(), text))
         raise RequestError(f"{folder} was begun with another recipe ({old}, now {new}): choose another folder, or give "
                            f"{kept} as the recipe to go on")
-
-
-def _keep(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    aside = path.with_suffix(".part")
-    save_file({name: value.contiguous() for name, value in tensors.items()}, aside)
-    aside.replace(path)
-
-
-def load_generator_state(run: Run, config: GeneratorConfig) -> ParameterGenerator:
-    """The generator as the run's last state has it."""
-    generator = ParameterGenerator(config)
-    kept = load_file(run.folder / "generator.state.safetensors")
-    generator.load_state_dict({name: value for name, value in kept.items() if "/" not in name})
-    return generator.eval().requires_grad_(False)

@@ -105,7 +105,6 @@ def test_one_wallpaper_in_several_sizes_counts_once(tmp_path, cat):
     assert [path.name for path in find_pictures(tmp_path)] == ["160x120.png"]
 
 
-@pytest.mark.xfail(strict=True, reason="find_pictures takes numbered photos below any 'contents' for one wallpaper's sizes")
 def test_numbered_photos_are_no_wallpaper(tmp_path, cat):
     folder = tmp_path / "contents" / "holiday"
     folder.mkdir(parents=True)
