@@ -1,7 +1,7 @@
 """One edit inside a real ComfyUI with the bundled checkpoint: seconds by node, and the memory it adds to an empty ComfyUI.
 
-``python -m comfyui_hywu.benchmarks.comfyui [--record]`` runs the shipped one-photo graph twice in one server; the second run has
-another instruction and another seed, with the models loaded, and is the one that is reported.
+``python -m comfyui_hywu.benchmarks.comfyui [--record]`` runs the shipped one-photo graph twice in one server; the second run
+has another instruction and another seed, with the models loaded, and is the one that is reported.
 """
 
 import argparse
@@ -40,22 +40,18 @@ def main() -> None:
                 graph[node_of(graph, "PrimitiveStringMultiline")]["inputs"]["value"] = instruction
                 for kind in ("HYWUThink", "HYWUConditionEncoder", "HYImageSampler"):
                     graph[node_of(graph, kind)]["inputs"]["seed"] = seed
-                began, current = time.perf_counter(), None
-                seconds = {}
+                marks: list[tuple[float, str | None, int]] = []
 
-                def note(message: dict) -> None:
-                    nonlocal began, current, peak
-                    if message["type"] != "executing":
-                        return
-                    now, peak = time.perf_counter(), max(peak, memory(server))
-                    if current is not None:
-                        kind = graph[current]["class_type"]
-                        seconds[kind] = seconds.get(kind, 0.0) + now - began
-                    began, current = now, message["data"].get("node")
+                def note(message: dict, marks=marks) -> None:
+                    if message["type"] == "executing":
+                        marks.append((time.perf_counter(), message["data"].get("node"), memory(server)))
 
                 run = server.run(graph, note)
                 if run.status != "success":
                     raise SystemExit(f"the graph ended with {run.status}: {run.error}")
+                seconds = {graph[node]["class_type"]: after - began
+                           for (began, node, _), (after, _, _) in zip(marks, marks[1:], strict=False) if node}
+                peak = max(peak, *(held for _, _, held in marks))
             peak = max(peak, memory(server))
     for kind, value in seconds.items():
         print(f"{kind:24s} {value:7.3f} s")

@@ -103,6 +103,10 @@ class Batches:
             variant: self._count(language.thinking(variant.edit, seen, variant.damage, seen)) for variant in self.variants}
         self.pool = self._pool()
 
+    def weight(self, edit: str) -> float:
+        """How often an edit is drawn, against 1."""
+        return self.recipe.data.weights.get(edit, 1.0)
+
     def _count(self, text: str) -> int:
         return len(self.tokenizer.encode(text))
 
@@ -127,8 +131,7 @@ class Batches:
             thinks = draws.choose.random() >= self.recipe.data.without_thinking
         names = [edit] if edit else list(self.recipe.edit_names())
         names = [name for name in names if pictures in (None, EDITS[name].pictures)]
-        # An edit of two pictures shares its batches with no other: it gets more of them.
-        first = draws.choose.choices(names, [3 if EDITS[name].pictures == 2 else 1 for name in names])[0]
+        first = draws.choose.choices(names, [self.weight(name) for name in names])[0]
         chosen = self._requests([name for name in names if EDITS[name].pictures == EDITS[first].pictures], first, rows, thinks,
                                 draws)
         grids = list(self.crops)
@@ -163,7 +166,8 @@ class Batches:
             if (possible := [each for each in by_edit[name] if total - extra(each) in self.pool[name]])}
         chosen = [(variant, draws.choose.choice(sizes[length]))]
         while len(chosen) < rows:
-            variant = draws.choose.choice(fitting[draws.choose.choice(list(fitting))])
+            name = draws.choose.choices(list(fitting), [self.weight(each) for each in fitting])[0]
+            variant = draws.choose.choice(fitting[name])
             chosen.append((variant, draws.choose.choice(self.pool[variant.edit][total - extra(variant)])))
         return chosen
 

@@ -75,12 +75,14 @@ def views(paths: Sequence[Path], buckets: Buckets) -> list[tuple[str, np.ndarray
     return found
 
 
-def cases(paths: Sequence[Path], buckets: Buckets, edits: Iterable[str], seed: int = 0) -> list[Case]:
-    """Every view x every edit; phrasings go round, two English ones to a Chinese one. The same for the same seed.
+def cases(paths: Sequence[Path], buckets: Buckets, edits: Iterable[str], seed: int = 0, every: int = 1) -> list[Case]:
+    """Every view (or every second, ...) x every edit; phrasings go round, two English ones to a Chinese one.
+
+    The same for the same seed.
 
     "expose" gets the views too dark and too bright in turn, "restore" gets them damaged, each damage in turn.
     """
-    seen, made = views(paths, buckets), []
+    seen, made = views(paths, buckets)[::every], []
     for edit in edits:
         asked = {each: language.held_out(edit, each) for each in language.LANGUAGES}
         for number, (name, pixels, bucket) in enumerate(seen):

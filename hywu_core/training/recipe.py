@@ -47,11 +47,16 @@ class GeneratorSizes:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """grids: "rows x cols" of 16-pixel cells -> share of the crops. validation: share of the crops that is never trained on."""
+    """What is shown, and how often.
+
+    grids: "rows x cols" of 16-pixel cells -> share of the crops and of the generator's batches. weights: edit -> how often,
+    1 where it is not named. validation: share of the crops that is never trained on.
+    """
 
     grids: dict[str, float] = field(default_factory=lambda: {
-        "6x6": 0.28, "5x7": 0.12, "7x5": 0.1, "8x8": 0.2, "7x9": 0.08, "9x7": 0.06, "12x12": 0.06, "10x14": 0.04, "13x10": 0.02,
-        "9x15": 0.02, "14x10": 0.02})
+        "6x6": 0.12, "5x7": 0.06, "7x5": 0.06, "8x8": 0.16, "7x9": 0.08, "9x7": 0.06, "12x12": 0.16, "10x14": 0.14,
+        "13x10": 0.06, "9x15": 0.05, "14x10": 0.05})
+    weights: dict[str, float] = field(default_factory=lambda: {"invert": 3.0, "match": 3.0, "restore": 3.0, "old": 2.0})
     crops_per_photo: int = 40
     validation: float = 0.03
     chinese: float = 0.35  # share of the instructions
@@ -117,8 +122,10 @@ class Recipe:
 def _checked(recipe: Recipe, where: str) -> Recipe:
     from .edits import EDITS
 
-    if unknown := [name for name in recipe.edits if name not in EDITS]:
-        raise RequestError(f"{where}: edits has {unknown[0]!r}, known are {', '.join(EDITS)}")
+    if unknown := [name for name in (*recipe.edits, *recipe.data.weights) if name not in EDITS]:
+        raise RequestError(f"{where}: edits or weights has {unknown[0]!r}, known are {', '.join(EDITS)}")
+    if wrong := {name: weight for name, weight in recipe.data.weights.items() if type(weight) not in (int, float) or weight <= 0}:
+        raise RequestError(f"{where}: weights has {wrong}, expected numbers above 0")
     for name, share in recipe.data.grids.items():
         if not re.fullmatch(r"[1-9]\d?x[1-9]\d?", name) or not isinstance(share, int | float) or share < 0:
             raise RequestError(f"{where}: grids has {name!r}: {share!r}, expected 'ROWSxCOLUMNS' and a share of 0 or more")

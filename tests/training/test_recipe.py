@@ -67,6 +67,7 @@ def test_values_of_the_wrong_kind_are_refused(tmp_path, fields, words):
 
 @pytest.mark.parametrize("fields", (
     {"edits": ["grey"]}, {"data": {"grids": {"six": 1.0}}}, {"data": {"grids": {"6x6": "much"}}}, {"data": {"grids": {}}},
+    {"data": {"weights": {"grey": 1.0}}}, {"data": {"weights": {"gray": 0}}},
     {"base_stage": {"steps": -1}}, {"generator_stage": {"batch": 0}}))
 def test_values_that_cannot_work_are_refused(tmp_path, fields):
     refused(tmp_path, **fields)
