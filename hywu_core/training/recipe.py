@@ -124,7 +124,8 @@ def _checked(recipe: Recipe, where: str) -> Recipe:
 
     if unknown := [name for name in (*recipe.edits, *recipe.data.weights) if name not in EDITS]:
         raise RequestError(f"{where}: edits or weights has {unknown[0]!r}, known are {', '.join(EDITS)}")
-    if wrong := {name: weight for name, weight in recipe.data.weights.items() if type(weight) not in (int, float) or weight <= 0}:
+    weights = recipe.data.weights
+    if wrong := {name: weights[name] for name in weights if type(weights[name]) not in (int, float) or weights[name] <= 0}:
         raise RequestError(f"{where}: weights has {wrong}, expected numbers above 0")
     for name, share in recipe.data.grids.items():
         if not re.fullmatch(r"[1-9]\d?x[1-9]\d?", name) or not isinstance(share, int | float) or share < 0:
