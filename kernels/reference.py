@@ -16,8 +16,8 @@ class Adapter(NamedTuple):
     ``a``: (R, I) or (E, R, I); ``b``: (O, R) or (E, O, R); ``scale``: (R,) fp32, what multiplies each rank (alpha / rank ·
     strength; bf16 would round a strength of 0.3 by 0.3 %).
     Several LoRAs on one projection are one Adapter with their ranks side by side, so a changed strength touches ``scale`` only.
-    In training every row of a batch has a LoRA of its own: then ``a`` is (B, R, I) or (B, E, R, I), ``b`` alike, and the functions
-    whose names end in ``_rows`` apply it.
+    In training every row of a batch has a LoRA of its own: then ``a`` is (B, R, I) or (B, E, R, I), ``b`` alike, and the
+    functions whose names end in ``_rows`` apply it.
     """
 
     a: torch.Tensor
@@ -108,8 +108,8 @@ def expert_mlp_rows(
 ) -> torch.Tensor:
     """``expert_mlp`` with one LoRA a row of the batch: a (B, E, R, I), b (B, E, O, R), or B = 1 for all.
 
-    Every expert sees every token and those not chosen get the weight zero: E / K times the arithmetic, but no sorting by both row
-    and expert. Meant for training small models.
+    Every expert sees every token and those not chosen get the weight zero: E / K times the arithmetic, but no sorting by both
+    row and expert. Meant for training small models.
 
     Returns: (B, L, D) in the dtype of x.
     """

@@ -22,6 +22,10 @@ def write_tensors(tensors: Mapping[str, torch.Tensor], path: Path, metadata: dic
         save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, aside, metadata=metadata)
         with open(aside, "rb") as file:
             os.fsync(file.fileno())
+        # The library makes files that only their owner can read; a checkpoint is an ordinary file.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(aside, 0o666 & ~umask)
         os.replace(aside, path)
     except (OSError, SafetensorError) as error:
         raise RequestError(f"{path} could not be written ({error}): free some space and run again") from None
