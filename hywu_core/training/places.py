@@ -13,6 +13,7 @@ from ..backbone import inputs
 from ..backbone.model import Backbone
 from . import channels as at
 from .batches import Batch, Batches, Draws
+from .edits import EDITS
 from .forward import embed_pictures, predict_clean
 
 
@@ -66,13 +67,15 @@ def tell_second(attention) -> None:
 
 
 @torch.no_grad()
-def find_places(model: Backbone, batches: Batches, pictures: int = 3) -> float:
+def find_places(model: Backbone, batches: Batches, least: int = 36) -> float:
     """Collect what the cells of every grid find in both pictures and fit the copy layer to it; returns the fit's loss."""
     pairs = []
-    for number, grid in enumerate(batches.crops):
-        for _ in range(pictures):
+    most = max(EDITS[name].pictures for name in batches.recipe.edit_names())
+    for grid in batches.crops:
+        for number in range(-(-least // len(batches.crops))):
             draws = Draws.of(batches.recipe.seed, "places", len(pairs))
-            batch = batches.draw(1, draws, grid=grid, pictures=1 if number % 4 else None)
+            # The second picture lies in between and makes the way longer: every grid is met that way, too.
+            batch = batches.draw(1, draws, grid=grid, pictures=most if number % 3 == 0 else 1)
             source, painted = _found(model, batch, draws)
             pairs.append((source, painted, batch.sequence.gen.start - batch.sequence.images[0].start))
     return _point(model, pairs)

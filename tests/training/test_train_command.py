@@ -10,15 +10,15 @@ from comfyui_hywu.hywu_core.cli import main
 from comfyui_hywu.hywu_core.generator.model import load_generator
 from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.training import loop
-from comfyui_hywu.hywu_core.training.run import load_generator_state
 from PIL import Image
+from safetensors.torch import load_file
 
 # As the shipped "smoke", but for seconds: one edit that changes everything is learnt at once.
 RECIPE = {
     "edits": ["darken", "invert"],
-    "data": {"grids": {"6x6": 0.5, "5x7": 0.5}, "crops_per_photo": 20, "validation": 0.1},
+    "data": {"grids": {"6x6": 0.5, "5x7": 0.5}, "crops_per_photo": 20, "validation": 0.1, "weights": {}},
     "base_stage": {"steps": 8, "batch": 6, "rate": 0.002, "warmup": 2},
-    "generator_stage": {"steps": 30, "batch": 4, "rate": 0.0004, "warmup": 5, "sample_every": 100}}
+    "generator_stage": {"steps": 80, "batch": 4, "rate": 0.0006, "warmup": 5, "sample_every": 100}}
 THOUGHT = "<think>make it inverted , it is dark .</think><recaption>a inverted photo of a dark red scene</recaption>"
 
 
@@ -41,11 +41,11 @@ def lines(run, stage: str) -> list[dict]:
 
 def test_the_losses_fall(trained):
     assert trained.code == 0
-    for stage, steps, least in (("base", 8, 1.0), ("generator", 30, 0.4)):
+    for stage, steps, least in (("base", 8, 0.6), ("generator", 80, 0.2)):
         losses = [line["loss"] for line in lines(trained.run, stage)]
         assert len(losses) == steps
         third = steps // 3
-        # In nats: for the generator 0.4 is a third off the mean squared error of the pictures.
+        # In nats: for the generator 0.2 is a fifth off the mean squared error of the pictures.
         assert sum(losses[:third]) / third - sum(losses[-third:]) / third > least, stage
 
 
@@ -53,17 +53,17 @@ def test_the_run_folder_holds_what_it_should(trained):
     names = {path.name for path in trained.run.iterdir()}
     assert {"recipe.json", "crops.npz", "vae.safetensors", "texts", "base.state.safetensors", "generator.state.safetensors",
             "base.jsonl", "generator.jsonl", "samples", "checkpoint"} == names
-    assert Image.open(trained.run / "samples" / "generator-000030.png").size == (2 * 100, 3 * 100)
+    assert Image.open(trained.run / "samples" / "generator-000080.png").size == (2 * 100, 3 * 100)
 
 
 def test_the_checkpoint_is_taken_by_the_ordinary_loader(trained):
     model = load_model(trained.run / "checkpoint" / "backbone", dtype=torch.float32)
     generator = load_generator(trained.run / "checkpoint" / "generator", dtype=torch.float32)
     assert generator.config.input_dim == model.config.hidden_size
-    kept = load_generator_state(SimpleNamespace(folder=trained.run), generator.config)
-    for name, value in kept.named_parameters():
-        torch.testing.assert_close(generator.model.get_parameter(name), value, rtol=1e-3, atol=1e-4)
-    assert kept.model.proj_out_B.weight.any()
+    kept = load_file(trained.run / "generator.state.safetensors")
+    for name, parameter in generator.model.named_parameters():
+        torch.testing.assert_close(parameter, kept[name], rtol=1e-3, atol=1e-4)
+    assert kept["model.proj_out_B.weight"].any()
 
 
 def test_the_checkpoint_edits(trained, test_photos, tmp_path):
