@@ -7,7 +7,6 @@ import torch
 
 LATENT_UNIT = 3.0  # latent / 3 has a standard deviation of about 1
 COPY_LAYER = 2
-COPY_HEADS = (0, 2)  # query heads; of key/value heads 0 and 1
 LATENTS = 64
 ORIGINAL, COPY, CONSTANT = slice(0, 64), slice(64, 128), 128
 # One channel for every distance from the top, the bottom, the left and the right border: 0 and 1, then 2 and 3, then 4 to 7.
