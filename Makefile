@@ -2,8 +2,7 @@
 # make demo     one edit of a real photo in a real ComfyUI -> output/demo.png
 # make test     all tests, with transformers 4.57 and 5.x, and parity with the reference's numbers
 # make parity CASE=DIR    one golden case (default: the committed one), one line a stage
-# make retrain  a small HY-WU from nothing with the paper's objective, into .cache/retrain (PHOTOS=DIR: other photos than
-#               Debian's wallpapers); hours
+# make retrain  the bundled small checkpoint from nothing, into .cache/retrain (PHOTOS=DIR: other photos than Debian's wallpapers)
 # make ablation the paper's experiments on it -> docs/ablation.md, benchmarks/results/ablation.json
 # make lint
 
@@ -66,10 +65,9 @@ parity: $(READY)
 retrain: $(READY) $(PHOTOS)
 	$(VENV)/bin/hywu train mini --photos $(PHOTOS) --run .cache/retrain
 
-ablation: retrain
+ablation: $(READY) $(PHOTOS)
 	$(PIP) -c $(HELD) -r benchmarks/requirements.txt
-	$(PY) -m comfyui_hywu.benchmarks.ablation --photos $(PHOTOS) --run .cache/ablation \
-		--checkpoint .cache/retrain/checkpoint
+	$(PY) -m comfyui_hywu.benchmarks.ablation --photos $(PHOTOS) --run .cache/ablation
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

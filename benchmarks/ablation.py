@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..hywu_core.cli import Terminal
+from ..hywu_core.cli import BUNDLED, Terminal
 from ..hywu_core.config import GeneratorConfig
 from ..hywu_core.generator.model import GeneratorHandle, load_generator
 from ..hywu_core.handle import ModelHandle, load_model
@@ -99,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--photos", type=Path, required=True, help="folder of training photos")
     parser.add_argument("--run", type=Path, required=True, help="folder for states; a killed run goes on from there")
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with backbone/ and generator/")
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
     parser.add_argument("--seeds", type=int, default=3, help="0: only the bundled checkpoint, nothing is trained")
     parser.add_argument("--every", type=int, default=1, help="2: one view of each photo instead of two, twice as fast")
     parser.add_argument("--recipe", default="ablation")

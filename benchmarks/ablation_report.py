@@ -30,7 +30,7 @@ def spread(values: list[float]) -> str:
 
 
 def claims(data: dict) -> list[tuple[str, bool, str]]:
-    """What was to be shown, whether it holds for the checkpoint (or, where trained twins are needed, the seeds)."""
+    """What was to be shown, whether it holds for the bundled checkpoint (or, where trained twins are needed, the seeds)."""
     bundled, seeds = data["bundled"], data["seeds"]
     hywu, ceiling = means(bundled["e HY-WU"]), means(bundled["z VAE of the true edit"])
     base = overall(bundled["b frozen base"])
@@ -62,14 +62,14 @@ def report(path: Path) -> str:
     data = json.loads(path.read_text())
     bundled, seeds = data["bundled"], data["seeds"]
     lines = [
-        "# The paper's experiments on a small HY-WU", "",
+        "# The paper's experiments on hywu-mini", "",
         f"Made by `make ablation` in {data['minutes']} minutes on {data['machine']['cores']} cores.",
         f"{len(data['cases'])} cases: held-out views of scikit-image's photos x {len(data['edits'])} edits, held-out phrasings",
         "(a third of them Chinese), thinking by the model itself, PSNR in dB against the true edit.", "",
         "## What holds", "", "| claim | holds | measured |", "| --- | --- | --- |"]
     lines += [f"| {what} | {'yes' if holds else '**no**'} | {measured} |" for what, holds, measured in claims(data)]
     names = sorted(bundled)
-    lines += ["", "## The trained checkpoint, edit by edit", "",
+    lines += ["", "## The bundled checkpoint, edit by edit", "",
               "| edit | " + " | ".join(names) + " | phrasings understood |", "| --- |" + " --- |" * (len(names) + 1)]
     tables = {name: means(bundled[name]) for name in names}
     for edit in data["edits"]:
@@ -80,7 +80,7 @@ def report(path: Path) -> str:
         lines.append(f"| mean {what.upper()} | " + " | ".join(cells) + " | |")
     if seeds:
         stage = data["recipe"]["generator_stage"]
-        lines += ["", f"## Trained alike: {stage['steps']} steps of {stage['batch']}, {len(seeds)} seeds, its base", "",
+        lines += ["", f"## Trained alike: {stage['steps']} steps of {stage['batch']}, {len(seeds)} seeds, the bundled base", "",
                   "| variant | PSNR | SSIM |", "| --- | --- | --- |"]
         for name in sorted(seeds[0]):
             digits = [spread([overall(each[name], what) for each in seeds]) for what in ("psnr", "ssim")]
@@ -96,7 +96,9 @@ def report(path: Path) -> str:
                 cosines = [data["gradients"][when][order.index(one)][order.index(two)] for when in ("start", "trained")]
                 lines.append(f"| {one} / {two} | {cosines[0]:+.2f} | {cosines[1]:+.2f} |")
         lines += ["", "![cosines of all pairs](ablation-gradients.png)"]
-    lines += ["", "## Where the written LoRAs lie", "", "![its LoRAs in two dimensions](ablation-map.png)",
+    else:
+        lines += ["", "Not in this run (`--seeds 0`): a shared static LoRA and full fine-tuning, trained alike, several seeds."]
+    lines += ["", "## Where the written LoRAs lie", "", "![the bundled checkpoint's LoRAs in two dimensions](ablation-map.png)",
               "", "Every dot is the LoRA of one request, in the first two principal components of all of them.", ""]
     _plots(data)
     page = "\n".join(lines)

@@ -1,6 +1,6 @@
-"""The contact sheet of a small checkpoint: held-out photos x instructions, painted through inference with its own thinking.
+"""The contact sheet of the bundled checkpoint: held-out photos x instructions, painted through inference with its own thinking.
 
-``python -m comfyui_hywu.benchmarks.contact_sheet --checkpoint DIR [--out FILE]``; scikit-image's photos, never trained on.
+``python -m comfyui_hywu.benchmarks.contact_sheet [--checkpoint DIR] [--out FILE]``; scikit-image's photos, never trained on.
 First block: every edit that does the same to any photo. Second: those that depend on the photo, beside what they were given.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..hywu_core.cli import Terminal
+from ..hywu_core.cli import BUNDLED, Terminal
 from ..hywu_core.edit import edit
 from ..hywu_core.generator.model import load_generator
 from ..hywu_core.handle import load_model
@@ -28,7 +28,7 @@ DOCS = Path(__file__).resolve().parent.parent / "docs"
 def main() -> None:
     """Paint the sheet and save it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, required=True, help="folder with backbone/ and generator/")
+    parser.add_argument("--checkpoint", type=Path, default=BUNDLED)
     parser.add_argument("--out", type=Path, default=DOCS / "contact-sheet.jpg")
     options = parser.parse_args()
     model = load_model(options.checkpoint / "backbone", dtype=torch.float32)

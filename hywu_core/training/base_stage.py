@@ -29,6 +29,7 @@ def born(config: BackboneConfig, vae: VAE, batches: Batches) -> Backbone:
     model.vae.load_state_dict(vae.state_dict())
     copier.start(model, batches.tokenizer)
     places.find_places(model, batches)
+    copier.make_firm(model)
     places.calibrate(model, batches)
     return model
 

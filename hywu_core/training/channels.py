@@ -16,14 +16,22 @@ SECOND_MARK = 163  # anything behind an <eoi>: no cell of the first source pictu
 END_MARK, BEGIN_MARK = 164, 165  # of <eoi> and <|startoftext|>
 FLAG = 4.0
 RATIO_MARK, SIZE_MARK = 166, 167  # of <img_ratio_i> and <img_size> tokens
-RATIO_CODE = slice(168, 184)
-RESERVED = slice(128, 166)  # nothing but what is written here may touch these
-WORKSPACE = 166  # from here on the language may write; everything below belongs to pictures
+RATIO_CODE = slice(168, 179)
+# On latent cells the first of these hold squares: how much there is of what, each with its channels within a quarter of a cell
+# (``linear_vae``) and their mean square in free photos. Brightness, red against blue, green, coarse and fine structure.
+SQUARES = (((0,), 6.2), ((1,), 1.9), ((2,), 0.8), ((3, 4), 1.0), ((8, 10, 12, 14), 0.4))
+RESERVED = slice(128, 179)  # nothing but what is written here may touch these
+WORKSPACE = 179  # from here on the language may write; everything below belongs to pictures
 LEVEL = 120.0  # of the constant channel
 PAIR = 24.0  # of the constant pairs at t = 1, in latent units: large, so that the norm hardly sees the picture
 GAIN, BIAS = 4.0, 12.0  # put the last SiLU's input into 6..18, where it is the identity
-SKILL, SKILL_SIGNS = 2.0, {-2: -1.0, -1: 1.0}  # layer from the end -> its units take away or add
+SKILL, SKILL_SIGNS = 5.0, {-2: -1.0, -1: 1.0}  # layer from the end -> its units take away or add
 ALWAYS = 3.0  # of values that never change, for the constant part of an edit's LoRA to read
+# Behind the copy layer nobody needs to know places any more: there FAR says what the first and the second picture are like,
+# each by the means of its squares and of brightness, red against blue, and green (with the gain that makes them about one).
+LIKE, MEANS = 8, (0.4, 0.7, 1.1)
+# How large the queries and keys are that picture copying rests on: their norm takes it away, an edit's LoRA cannot.
+FIRM = 8.0
 SLOW = (12, 13, 14, 15)  # rotary frequencies that hardly turn within a sequence
 
 

@@ -8,7 +8,9 @@ padding tells a latent cell that it lies near a border, heads of layer 0 look tw
 1 four cells, and equal findings attract each other in the copy layer: up to 16 cells a side are told apart. (5) Behind an
 ``<eoi>`` a source picture knows that it is not the first. (6) *Skills that nothing reaches*: in the last two layers 64 units
 each read one latent channel of the copy and would take it from the picture or add to it, but their gates are closed. What a
-LoRA has to do for an edit is to open some of them.
+LoRA has to do for an edit is to open some of them. (7) *Squares*: units of layer 0 tell a cell how much brightness, colour,
+coarse and fine structure it holds; two heads of the copy layer tell every token the means of these and of the colours, for both
+pictures, so that contrast, noise and blur can be read off. Painted cells are not told: that is for the LoRA to know.
 """
 
 import torch
@@ -17,7 +19,7 @@ from torch.nn import functional as F
 from ..backbone.model import Backbone
 from ..text.tokenizer import BOS, EOI, Tokenizer
 from . import channels as at
-from .places import look_around, tell_second
+from .places import look_around, tell_likeness, tell_second
 
 
 @torch.no_grad()
@@ -54,6 +56,8 @@ def start(model: Backbone, tokenizer: Tokenizer) -> None:
     tell_second(first)
     _repeat_ratio(model, tokenizer.id(tokenizer.img_size), list(tokenizer.ratio_ids))
     _skills(model)
+    _squares(model)
+    tell_likeness(model.model.layers[at.COPY_LAYER].self_attn)
     _final_layer(model)
 
 
@@ -160,14 +164,16 @@ def _solve_time(embedder: torch.nn.Module, t: torch.Tensor, wanted: torch.Tensor
 def _repeat_ratio(model: Backbone, size_id: int, ratio_ids: list[int]) -> None:
     """Copy layer: the answer's <img_size> token fetches the code of the first source's <img_ratio>, which lm_head knows."""
     attention, wte, lm_head = model.model.layers[at.COPY_LAYER].self_attn, model.model.wte.weight, model.lm_head.weight
-    code = torch.where(torch.randn(len(ratio_ids), at.RATIO_CODE.stop - at.RATIO_CODE.start) > 0, 1.0, -1.0)
+    code = _far_apart(len(ratio_ids), at.RATIO_CODE.stop - at.RATIO_CODE.start)
     marks = slice(at.RATIO_MARK, at.RATIO_CODE.stop)
+    wte[[size_id, *ratio_ids], at.ORIGINAL] = 0  # no squares that would disturb the code
     wte[:, marks] = 0
     wte[size_id, at.SIZE_MARK] = at.FLAG
     wte[ratio_ids, at.RATIO_MARK] = at.FLAG
-    wte[ratio_ids, at.RATIO_CODE] = 2 * code
+    wte[ratio_ids, at.RATIO_CODE] = 4 * code
     lm_head[:, marks] = 0
-    lm_head[ratio_ids, at.RATIO_CODE] = 0.3 * code
+    lm_head[ratio_ids] = 0
+    lm_head[ratio_ids, at.RATIO_CODE] = 0.5 * code
     rows, columns = at.heads(attention)
     slow = list(at.SLOW)
     rows[2, 0] = 0
@@ -175,10 +181,38 @@ def _repeat_ratio(model: Backbone, size_id: int, ratio_ids: list[int]) -> None:
     rows[2, 0, slow, at.SIZE_MARK] = 1.0
     rows[2, attention.group, slow, at.RATIO_MARK] = 0.5
     rows[2, attention.group, slow, at.CONSTANT], rows[2, attention.group, slow, at.SECOND_MARK] = -1.0, -0.5
-    rows[2, -1, :16] = 0
-    rows[2, -1, range(16), range(at.RATIO_CODE.start, at.RATIO_CODE.stop)] = 1.0
+    places = code.shape[1]
+    rows[2, -1, :places] = 0
+    rows[2, -1, range(places), range(at.RATIO_CODE.start, at.RATIO_CODE.stop)] = 1.0
     columns[marks] = 0
-    columns[at.RATIO_CODE, 2, 0, :16] = torch.eye(16)
+    columns[at.RATIO_CODE, 2, 0, :places] = torch.eye(places)
+
+
+def _far_apart(count: int, places: int) -> torch.Tensor:
+    """Codes (count, places) of -1 and 1, any two of which differ in 4 places or more: greedily the first ones."""
+    found: list[int] = []
+    for word in range(2**places):
+        if all((word ^ other).bit_count() >= 4 for other in found):
+            found.append(word)
+    return torch.tensor([[1.0 if word >> place & 1 else -1.0 for place in range(places)] for word in found[:count]])
+
+
+@torch.no_grad()
+def make_firm(model: Backbone) -> None:
+    """Make the queries and keys of picture copying large, once they are found.
+
+    Their norm takes the size away again, so nothing changes, but a LoRA would have to be as large to turn them: it edits what
+    is copied instead of flattening where it is looked up.
+    """
+    for index, layer in enumerate(model.model.layers[: at.COPY_LAYER + 1]):
+        rows, _ = at.heads(layer.self_attn)
+        rows[:2, 0] *= at.FIRM
+        rows[:2, -2] *= at.FIRM
+        if index < at.COPY_LAYER:
+            rows[:2, 1] *= at.FIRM
+        if index == 0:
+            rows[-1, 0] *= at.FIRM
+            rows[-1, -2] *= at.FIRM
 
 
 def _skills(model: Backbone) -> None:
@@ -193,6 +227,21 @@ def _skills(model: Backbone) -> None:
         up[:at.LATENTS, at.COPY] = torch.eye(at.LATENTS)
         down[at.COPY, :at.LATENTS] = sign * at.SKILL * torch.eye(at.LATENTS)
         up[at.LATENTS, at.CONSTANT], gate[at.LATENTS, at.CONSTANT] = at.ALWAYS / F.silu(torch.tensor(4.0)), 4.0
+
+
+def _squares(model: Backbone) -> None:
+    """Two units make a square: silu(x) x + silu(-x) (-x) = x x."""
+    mlp = model.model.layers[0].mlp.shared_mlp
+    up, gate = mlp.gate_and_up_proj.weight.chunk(2)
+    down, unit = mlp.down_proj.weight, 0
+    for place, (channels, mean_square) in enumerate(at.SQUARES):
+        read = [quarter * at.LATENTS // 4 + channel for quarter in range(4) for channel in channels]
+        for channel in read:
+            for sign in (1.0, -1.0):
+                up[unit], gate[unit], down[:, unit] = 0, 0, 0
+                up[unit, channel] = gate[unit, channel] = sign
+                down[at.RATIO_CODE.start + place, unit] = 1 / (mean_square * len(read))
+                unit += 1
 
 
 def protect(model: Backbone) -> dict[torch.nn.Parameter, torch.Tensor]:
@@ -216,14 +265,29 @@ def protect(model: Backbone) -> dict[torch.nn.Parameter, torch.Tensor]:
                 parts[-1, 0], parts[-1, -2:] = 0, 0
             if index == at.COPY_LAYER:
                 parts[:2, 1] = 1  # the heads beside the two copying ones
-                parts[2, -1, -1] = 0
+                # What repeats the size, and the constant value.
+                places = at.RATIO_CODE.stop - at.RATIO_CODE.start
+                parts[2, 0], parts[2, -2], parts[2, -1, :places], parts[2, -1, -1] = 0, 0, 0, 0
+                parts[3, :-1], parts[3, -1, : at.LIKE] = 0, 0  # what tells the pictures' means
     for index in at.SKILL_SIGNS:
         layer = layers[index]
         masks[layer.post_attention_layernorm.weight].zero_()
         for half in masks[layer.mlp.shared_mlp.gate_and_up_proj.weight].chunk(2):
             half[: at.LATENTS + 1] = 0
         masks[layer.mlp.shared_mlp.down_proj.weight][:, : at.LATENTS + 1] = 0
-    masks[model.model.wte.weight][:, at.RESERVED] = 0
+    first, units = layers[0], 2 * 4 * sum(len(channels) for channels, _ in at.SQUARES)
+    masks[first.post_attention_layernorm.weight].zero_()
+    for half in masks[first.mlp.shared_mlp.gate_and_up_proj.weight].chunk(2):
+        half[:units] = 0
+    masks[first.mlp.shared_mlp.down_proj.weight][:, :units] = 0
+    wte, mask = model.model.wte.weight, masks[model.model.wte.weight]
+    mask[:, at.RESERVED] = 0
+    mask[wte[:, at.RATIO_MARK : at.SIZE_MARK + 1].any(1), at.ORIGINAL] = 0
+    masks[model.model.ln_f.weight][at.RATIO_CODE] = 0
+    lm_head = model.lm_head.weight
+    masks[lm_head][:, at.RATIO_MARK : at.RATIO_CODE.stop] = 0
+    # Sizes that the practice does not show would be unlearned.
+    masks[lm_head][lm_head[:, at.RATIO_CODE].any(1)] = 0
     for linear in _writers(model):
         masks[linear.weight][at.RESERVED] = 0
         masks[linear.bias][at.RESERVED] = 0

@@ -31,6 +31,8 @@ AFTER = {
            "if you can", "thanks", "very much"),
     "zh": ("。", "吧", "一点", "谢谢", "！", "好吗", "一下", "？"),
 }
+# Some people ask twice in one sentence: "it is too dark and make it brighter".
+TWICE, BETWEEN = 0.15, {"en": (" , ", " and "), "zh": ("，", "、")}
 SWAPS = {
     "photo": ("photo", "picture", "image", "photograph"), "picture": ("picture", "photo", "image"),
     "gray": ("gray", "grey"), "color": ("color", "colour"), "colors": ("colors", "colours"),
@@ -55,7 +57,11 @@ def phrases() -> dict[str, dict[str, dict[str, list[str]]]]:
 def instruction(edit: str, language: str, draw: random.Random) -> str:
     """One training instruction."""
     thing = draw.choice(OBJECTS[language] if draw.random() < 0.9 else UNKNOWN[language])
-    text = draw.choice(phrases()[edit][language]["train"]).replace("{o}", thing)
+    known = phrases()[edit][language]["train"]
+    text = draw.choice(known)
+    if draw.random() < TWICE:
+        text += draw.choice(BETWEEN[language]) + draw.choice(known)
+    text = text.replace("{o}", thing)
     before = draw.choice(BEFORE[language]) if draw.random() < 0.5 else ""
     after = draw.choice(AFTER[language]) if draw.random() < 0.6 else ""
     if language == "zh":
@@ -103,7 +109,7 @@ def vocabulary() -> dict[str, int]:
     made = [re.sub("<[^>]*>", " ", thinking(edit, one, damage, two)) for edit in EDITS
             for one in seen for two in seen[:6] + seen[::6] for damage in FOUND]
     made += [text for edit in phrases().values() for language in edit.values() for text in language["train"]]
-    for group in (OBJECTS, BEFORE, AFTER):
+    for group in (OBJECTS, BEFORE, AFTER, BETWEEN):
         made += [text for texts in group.values() for text in texts]
     made += [*itertools.chain(*SWAPS.values()), SYSTEM_PROMPT, "user : assistant :"]
     words = sorted({word for text in made for word in tokens(text.replace("{o}", " "))})

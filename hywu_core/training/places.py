@@ -66,6 +66,33 @@ def tell_second(attention) -> None:
     columns[at.SECOND_MARK, kv, 0, 0] = 1.0
 
 
+def tell_likeness(attention) -> None:
+    """The last kv head's queries tell every token the means of the first and of the second source picture, into ``at.FAR``."""
+    rows, columns = at.heads(attention)
+    kv = attention.kv_heads - 1
+    first, second = at.SLOW[2], at.SLOW[3]
+    rows[kv, :-1] = 0
+    # Painted cells look away: what a photo needs is to be written into the LoRA, not found again while painting.
+    for query, place in enumerate((first, second)):
+        rows[kv, query, place, at.CONSTANT] = 1.0
+        rows[kv, query, place, at.PAINTED_MARK] = -2.0 / at.FLAG
+    # Above 0 for a latent cell of the first picture, and of the second; below 0 for everything else.
+    for place, latent, later, constant in ((first, 2.0, -2.0, -1.0), (second, 2.0, 2.0, -3.0)):
+        rows[kv, -2, place, at.LATENT_MARK] = latent / at.FLAG
+        rows[kv, -2, place, at.SECOND_MARK] = later / at.FLAG
+        rows[kv, -2, place, at.PAINTED_MARK] = -4.0 / at.FLAG
+        rows[kv, -2, place, at.CONSTANT] = constant
+    squares = len(at.SQUARES)
+    rows[kv, -1, : at.LIKE] = 0
+    rows[kv, -1, range(squares), range(at.RATIO_CODE.start, at.RATIO_CODE.start + squares)] = 1.0
+    for channel, gain in enumerate(at.MEANS):
+        rows[kv, -1, squares + channel, channel : at.LATENTS : at.LATENTS // 4] = gain / 4
+    columns[at.FAR, kv] = 0
+    for picture in range(2):
+        begin = at.FAR.start + picture * at.LIKE
+        columns[begin : begin + at.LIKE, kv, picture, : at.LIKE] = 2 * torch.eye(at.LIKE)
+
+
 @torch.no_grad()
 def find_places(model: Backbone, batches: Batches, least: int = 36) -> float:
     """Collect what the cells of every grid find in both pictures and fit the copy layer to it; returns the fit's loss."""

@@ -86,8 +86,8 @@ class Recipe:
     sizes: Sizes = Sizes()
     generator: GeneratorSizes = GeneratorSizes()
     data: DataSettings = DataSettings()
-    base_stage: StageSettings = StageSettings(steps=1500, batch=24, rate=2e-3)
-    generator_stage: StageSettings = StageSettings(steps=3000, batch=16, rate=1e-3)
+    base_stage: StageSettings = StageSettings(steps=1900, batch=24, rate=2e-3)
+    generator_stage: StageSettings = StageSettings(steps=3900, batch=16, rate=1e-3)
 
     @classmethod
     def load(cls, name_or_path: str) -> "Recipe":

@@ -6,10 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from comfyui_hywu.hywu_core.backbone import inputs
+from comfyui_hywu.hywu_core.training import channels as at
 from comfyui_hywu.hywu_core.training import copier, linear_vae
 from comfyui_hywu.hywu_core.training.base_stage import train_base, word_batch
 from comfyui_hywu.hywu_core.training.batches import Draws
-from comfyui_hywu.hywu_core.training.forward import embed_pictures, predict_clean
+from comfyui_hywu.hywu_core.training.forward import embed_pictures, predict_clean, prefix_hidden
 from comfyui_hywu.hywu_core.training.places import copy_errors
 from comfyui_hywu.hywu_core.training.recipe import StageSettings
 from PIL import Image
@@ -84,6 +86,69 @@ def test_it_copies_whatever_text_lies_between_and_however_noisy(copying, small_r
     assert len(lengths) > 9 and worst < 0.08
 
 
+@torch.no_grad()
+def sizes_told(model, batches, pictures: int) -> list[int]:
+    """For each of the sizes that a source can have (a row of a batch each): the size that the answer repeats."""
+    tokenizer = batches.tokenizer
+    ratio_ids = torch.tensor(tokenizer.ratio_ids)
+    batch = batches.draw(1, Draws.of(3, "sizes", 0), pictures=pictures)
+    ids_BL = batch.sequence.ids_BL.expand(len(ratio_ids), -1).clone()
+    first, *_, last = torch.isin(ids_BL[0], ratio_ids).nonzero().flatten().tolist()
+    ids_BL[:, first] = ratio_ids
+    rows = replace(batch, sequence=replace(batch.sequence, ids_BL=ids_BL))
+    hidden_BSD = prefix_hidden(model, rows, embed_pictures(model, batch))
+    assert ids_BL[0, last - 1] == tokenizer.id(tokenizer.img_size) and last == hidden_BSD.shape[1]
+    return model.logits(hidden_BSD[:, last - 1])[:, ratio_ids].argmax(1).tolist()
+
+
+@pytest.mark.parametrize("pictures", (1, 2))
+def test_the_answer_repeats_every_size_of_the_first_source(copying, small_run, pictures):
+    """By construction, not by practice: grids that no crop has are among them."""
+    assert sizes_told(copying, small_run.train, pictures) == list(range(37))
+
+
+def test_size_codes_differ_in_four_places_at_least():
+    code = copier._far_apart(37, at.RATIO_CODE.stop - at.RATIO_CODE.start)
+    assert code.shape == (37, 11) and set(code.unique().tolist()) == {-1.0, 1.0}
+    differing = (code[:, None] != code).sum(2) + 99 * torch.eye(37)
+    assert differing.min() >= 4
+
+
+@torch.no_grad()
+def test_firm_queries_and_keys_change_nothing_but_how_far_a_lora_turns_them(copying, small_run):
+    model, batch = deepcopy(copying), small_run.train.draw(2, Draws.of(4, "firm", 0))
+    before = prefix_hidden(model, batch, embed_pictures(model, batch))
+    copier.make_firm(model)  # once more
+    after = prefix_hidden(model, batch, embed_pictures(model, batch))
+    assert (after - before).abs().max() < 1e-3 * before.abs().max()
+    for layer, old in zip(model.model.layers[:3], copying.model.layers[:3], strict=True):
+        (rows, _), (weak, _) = at.heads(layer.self_attn), at.heads(old.self_attn)
+        torch.testing.assert_close(rows[:2, [0, -2]], at.FIRM * weak[:2, [0, -2]])
+
+
+@torch.no_grad()
+def test_every_token_is_told_what_both_pictures_are_like_but_painted_cells_are_not(copying, small_run):
+    """The means of the squares and colours, as computed here from the latents: correlation over 12 rows above 0.99."""
+    batch = small_run.train.draw(12, Draws.of(2, "alike", 0), grid=(6, 6), pictures=2)
+    sequence, pictures = batch.sequence, embed_pictures(copying, batch)
+    hidden_BLD = inputs.embed(copying, sequence, pictures)
+    ones_B = torch.ones(batch.rows)
+    noise_bchw = torch.randn(batch.wanted_bchw.shape, generator=torch.Generator().manual_seed(0))
+    hidden_BLD[:, slice(*sequence.later_slice)] = inputs.canvas(copying, sequence, noise_bchw[:1].expand_as(noise_bchw),
+                                                                1000 * ones_B, 1000 * ones_B, 2.5)
+    hidden_BLD = copying.run(hidden_BLD, inputs.rope_table(copying, sequence), inputs.mask(copying, sequence))
+    told_BF = hidden_BLD[:, batch.prefix - 1, at.FAR]
+    painted_BNF = hidden_BLD[:, sequence.gen.start : sequence.gen.stop, at.FAR]
+    for number, source in enumerate(batch.sources):
+        x_bqchw = (source.latent_bchw / at.LATENT_UNIT).unflatten(1, (4, 16))
+        true = [x_bqchw[:, :, list(channels)].square().mean((1, 2, 3, 4)) for channels, _ in at.SQUARES]
+        true += [x_bqchw[:, :, channel].mean((1, 2, 3)) for channel in range(len(at.MEANS))]
+        for place, wanted_B in enumerate(true):
+            told_B = told_BF[:, number * at.LIKE + place]
+            assert torch.corrcoef(torch.stack((wanted_B, told_B)))[0, 1] > 0.99, (number, place)
+    assert painted_BNF.std(0).max() < 0.1 * told_BF.std(0).mean()
+
+
 def test_language_leaves_alone_what_pictures_need(copying, small_run, tmp_path):
     """Five steps of words at three times the recipe's rate: protected values keep every bit, and the copy stays."""
     model = deepcopy(copying)
@@ -99,6 +164,7 @@ def test_language_leaves_alone_what_pictures_need(copying, small_run, tmp_path):
     assert {"model", "lm_head", "vision_model", "vision_aligner"} <= changed
     assert not {"vae", "patch_embed", "final_layer", "time_embed", "time_embed_2"} & changed
     assert max(copy_errors(model, small_run.train, 1).values()) < 0.05
+    assert sizes_told(model, small_run.train, 1) == list(range(37))
 
 
 def test_words_are_practised_on_small_pictures_mostly(small_run):
