@@ -8,6 +8,7 @@ import torch
 LATENT_UNIT = 3.0  # latent / 3 has a standard deviation of about 1
 COPY_LAYER = 2
 LATENTS = 64
+QUARTER = LATENTS // 4  # a cell's quarters have the same channels, one after the other
 ORIGINAL, COPY, CONSTANT = slice(0, 64), slice(64, 128), 128
 # One channel for every distance from the top, the bottom, the left and the right border: 0 and 1, then 2 and 3, then 4 to 7.
 FLAGS, LATENT_MARK, SEEN, FAR = slice(129, 137), 137, slice(138, 146), slice(146, 162)
@@ -20,8 +21,9 @@ RATIO_CODE = slice(168, 179)
 # On latent cells the first of these hold squares: how much there is of what, each with its channels within a quarter of a cell
 # (``linear_vae``) and their mean square in free photos. Brightness, red against blue, green, coarse and fine structure.
 SQUARES = (((0,), 6.2), ((1,), 1.9), ((2,), 0.8), ((3, 4), 1.0), ((8, 10, 12, 14), 0.4))
-RESERVED = slice(128, 179)  # nothing but what is written here may touch these
-WORKSPACE = 179  # from here on the language may write; everything below belongs to pictures
+SQUARE_UNITS = 2 * 4 * sum(len(channels) for channels, _ in SQUARES)
+RESERVED = slice(CONSTANT, RATIO_CODE.stop)  # nothing but what is written here may touch these
+WORKSPACE = RESERVED.stop  # from here on the language may write; everything below belongs to pictures
 LEVEL = 120.0  # of the constant channel
 PAIR = 24.0  # of the constant pairs at t = 1, in latent units: large, so that the norm hardly sees the picture
 GAIN, BIAS = 4.0, 12.0  # put the last SiLU's input into 6..18, where it is the identity

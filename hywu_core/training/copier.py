@@ -167,7 +167,6 @@ def _repeat_ratio(model: Backbone, size_id: int, ratio_ids: list[int]) -> None:
     code = _far_apart(len(ratio_ids), at.RATIO_CODE.stop - at.RATIO_CODE.start)
     marks = slice(at.RATIO_MARK, at.RATIO_CODE.stop)
     wte[[size_id, *ratio_ids], at.ORIGINAL] = 0  # no squares that would disturb the code
-    wte[:, marks] = 0
     wte[size_id, at.SIZE_MARK] = at.FLAG
     wte[ratio_ids, at.RATIO_MARK] = at.FLAG
     wte[ratio_ids, at.RATIO_CODE] = 4 * code
@@ -184,7 +183,6 @@ def _repeat_ratio(model: Backbone, size_id: int, ratio_ids: list[int]) -> None:
     places = code.shape[1]
     rows[2, -1, :places] = 0
     rows[2, -1, range(places), range(at.RATIO_CODE.start, at.RATIO_CODE.stop)] = 1.0
-    columns[marks] = 0
     columns[at.RATIO_CODE, 2, 0, :places] = torch.eye(places)
 
 
@@ -235,7 +233,7 @@ def _squares(model: Backbone) -> None:
     up, gate = mlp.gate_and_up_proj.weight.chunk(2)
     down, unit = mlp.down_proj.weight, 0
     for place, (channels, mean_square) in enumerate(at.SQUARES):
-        read = [quarter * at.LATENTS // 4 + channel for quarter in range(4) for channel in channels]
+        read = [start + channel for start in range(0, at.LATENTS, at.QUARTER) for channel in channels]
         for channel in read:
             for sign in (1.0, -1.0):
                 up[unit], gate[unit], down[:, unit] = 0, 0, 0
@@ -268,18 +266,13 @@ def protect(model: Backbone) -> dict[torch.nn.Parameter, torch.Tensor]:
                 # What repeats the size, and the constant value.
                 places = at.RATIO_CODE.stop - at.RATIO_CODE.start
                 parts[2, 0], parts[2, -2], parts[2, -1, :places], parts[2, -1, -1] = 0, 0, 0, 0
-                parts[3, :-1], parts[3, -1, : at.LIKE] = 0, 0  # what tells the pictures' means
-    for index in at.SKILL_SIGNS:
+                parts[-1, :-1], parts[-1, -1, : at.LIKE] = 0, 0  # what tells the pictures' means
+    for index, units in {0: at.SQUARE_UNITS, **dict.fromkeys(at.SKILL_SIGNS, at.LATENTS + 1)}.items():
         layer = layers[index]
         masks[layer.post_attention_layernorm.weight].zero_()
         for half in masks[layer.mlp.shared_mlp.gate_and_up_proj.weight].chunk(2):
-            half[: at.LATENTS + 1] = 0
-        masks[layer.mlp.shared_mlp.down_proj.weight][:, : at.LATENTS + 1] = 0
-    first, units = layers[0], 2 * 4 * sum(len(channels) for channels, _ in at.SQUARES)
-    masks[first.post_attention_layernorm.weight].zero_()
-    for half in masks[first.mlp.shared_mlp.gate_and_up_proj.weight].chunk(2):
-        half[:units] = 0
-    masks[first.mlp.shared_mlp.down_proj.weight][:, :units] = 0
+            half[:units] = 0
+        masks[layer.mlp.shared_mlp.down_proj.weight][:, :units] = 0
     wte, mask = model.model.wte.weight, masks[model.model.wte.weight]
     mask[:, at.RESERVED] = 0
     mask[wte[:, at.RATIO_MARK : at.SIZE_MARK + 1].any(1), at.ORIGINAL] = 0

@@ -57,6 +57,17 @@ def word_loss(backbone: Backbone, hidden_BSD: torch.Tensor, batch: Batch) -> tup
     return F.cross_entropy(logits, answers_BL[taught]), (logits.argmax(-1) == answers_BL[taught]).float().mean().item()
 
 
+def embed_noisy(
+    backbone: Backbone, batch: Batch, pictures: list[RowPictures], noisy_bchw: torch.Tensor, t_B: torch.Tensor
+) -> torch.Tensor:
+    """The whole sequences (B, L, D) as denoise step 0 embeds them, with the noisy latents (B, c, h, w) at time t in place."""
+    sequence, scaled_B = batch.sequence, inputs.TIMESTEP_SCALE * t_B
+    hidden_BLD = inputs.embed(backbone, sequence, pictures)
+    canvas_BLD = inputs.canvas(backbone, sequence, noisy_bchw, scaled_B, scaled_B, GUIDANCE)
+    hidden_BLD[:, slice(*sequence.later_slice)] = canvas_BLD.to(hidden_BLD)
+    return hidden_BLD
+
+
 def predict_clean(
     backbone: Backbone, batch: Batch, pictures: list[RowPictures], noise_bchw: torch.Tensor, t_B: torch.Tensor
 ) -> torch.Tensor:
@@ -64,17 +75,16 @@ def predict_clean(
 
     One full pass as denoise step 0 makes it: x_0 = x_t - t v.
     """
-    sequence, span = batch.sequence, slice(*batch.sequence.later_slice)
+    sequence = batch.sequence
     t = t_B.view(-1, 1, 1, 1)
     noisy_bchw = (1 - t) * batch.wanted_bchw + t * noise_bchw
-    scaled_B = inputs.TIMESTEP_SCALE * t_B
-    hidden_BLD = inputs.embed(backbone, sequence, pictures)
-    hidden_BLD[:, span] = inputs.canvas(backbone, sequence, noisy_bchw, scaled_B, scaled_B, GUIDANCE).to(hidden_BLD)
+    hidden_BLD = embed_noisy(backbone, batch, pictures, noisy_bchw, t_B)
     # What follows the picture is invisible to it.
     seen = sequence.gen.stop
     rope = tuple(part[:seen] for part in inputs.rope_table(backbone, sequence))
     hidden_BLD = backbone.run(hidden_BLD[:, :seen], rope, inputs.mask(backbone, sequence)[:seen, :seen])
-    velocity_bchw = backbone.velocity(hidden_BLD[:, sequence.gen.start : seen], scaled_B, sequence.gen.grid)
+    velocity_bchw = backbone.velocity(hidden_BLD[:, sequence.gen.start : seen], inputs.TIMESTEP_SCALE * t_B,
+                                      sequence.gen.grid)
     return noisy_bchw - t * velocity_bchw
 
 

@@ -14,7 +14,7 @@ from ..backbone.model import Backbone
 from . import channels as at
 from .batches import Batch, Batches, Draws
 from .edits import EDITS
-from .forward import embed_pictures, predict_clean
+from .forward import embed_noisy, embed_pictures, predict_clean
 
 
 def look_around(attention, offset: int, into: slice, flags: list[tuple[int, ...]]) -> None:
@@ -23,7 +23,6 @@ def look_around(attention, offset: int, into: slice, flags: list[tuple[int, ...]
     flags: for the top, bottom, left and right the channels (from at.FLAGS.start on) that are fetched and written to ``into``.
     """
     rows, columns = at.heads(attention)
-    columns[at.RESERVED] = 0  # no other head writes there
     half, count, mark = attention.head_dim // 2, len(flags[0]), 0.5
     theta = 10000.0 ** (-torch.arange(half) / half)
     for axis in range(2):  # kv head 0: rows (even frequencies), 1: columns (odd ones)
@@ -86,8 +85,7 @@ def tell_likeness(attention) -> None:
     rows[kv, -1, : at.LIKE] = 0
     rows[kv, -1, range(squares), range(at.RATIO_CODE.start, at.RATIO_CODE.start + squares)] = 1.0
     for channel, gain in enumerate(at.MEANS):
-        rows[kv, -1, squares + channel, channel : at.LATENTS : at.LATENTS // 4] = gain / 4
-    columns[at.FAR, kv] = 0
+        rows[kv, -1, squares + channel, channel : at.LATENTS : at.QUARTER] = gain / 4
     for picture in range(2):
         begin = at.FAR.start + picture * at.LIKE
         columns[begin : begin + at.LIKE, kv, picture, : at.LIKE] = 2 * torch.eye(at.LIKE)
@@ -113,8 +111,7 @@ def _found(model: Backbone, batch: Batch, draws: Draws) -> tuple[torch.Tensor, t
     sequence, t_B = batch.sequence, torch.rand(1, generator=draws.torch) * 0.9 + 0.1
     noise_bchw = torch.randn(batch.wanted_bchw.shape, generator=draws.torch)
     noisy_bchw = (1 - t_B) * batch.wanted_bchw + t_B * noise_bchw
-    hidden_BLD = inputs.embed(model, sequence, embed_pictures(model, batch))
-    hidden_BLD[:, slice(*sequence.later_slice)] = inputs.canvas(model, sequence, noisy_bchw, 1000 * t_B, 1000 * t_B, 2.5)
+    hidden_BLD = embed_noisy(model, batch, embed_pictures(model, batch), noisy_bchw, t_B)
     rope, mask = inputs.rope_table(model, sequence), inputs.mask(model, sequence)
     for layer in model.model.layers[: at.COPY_LAYER]:
         hidden_BLD = layer(hidden_BLD, rope, mask)

@@ -11,7 +11,7 @@ from comfyui_hywu.hywu_core.training import channels as at
 from comfyui_hywu.hywu_core.training import copier, linear_vae
 from comfyui_hywu.hywu_core.training.base_stage import train_base, word_batch
 from comfyui_hywu.hywu_core.training.batches import Draws
-from comfyui_hywu.hywu_core.training.forward import embed_pictures, predict_clean, prefix_hidden
+from comfyui_hywu.hywu_core.training.forward import embed_noisy, embed_pictures, predict_clean, prefix_hidden
 from comfyui_hywu.hywu_core.training.places import copy_errors
 from comfyui_hywu.hywu_core.training.recipe import StageSettings
 from PIL import Image
@@ -131,11 +131,8 @@ def test_every_token_is_told_what_both_pictures_are_like_but_painted_cells_are_n
     """The means of the squares and colours, as computed here from the latents: correlation over 12 rows above 0.99."""
     batch = small_run.train.draw(12, Draws.of(2, "alike", 0), grid=(6, 6), pictures=2)
     sequence, pictures = batch.sequence, embed_pictures(copying, batch)
-    hidden_BLD = inputs.embed(copying, sequence, pictures)
-    ones_B = torch.ones(batch.rows)
     noise_bchw = torch.randn(batch.wanted_bchw.shape, generator=torch.Generator().manual_seed(0))
-    hidden_BLD[:, slice(*sequence.later_slice)] = inputs.canvas(copying, sequence, noise_bchw[:1].expand_as(noise_bchw),
-                                                                1000 * ones_B, 1000 * ones_B, 2.5)
+    hidden_BLD = embed_noisy(copying, batch, pictures, noise_bchw[:1].expand_as(noise_bchw), torch.ones(batch.rows))
     hidden_BLD = copying.run(hidden_BLD, inputs.rope_table(copying, sequence), inputs.mask(copying, sequence))
     told_BF = hidden_BLD[:, batch.prefix - 1, at.FAR]
     painted_BNF = hidden_BLD[:, sequence.gen.start : sequence.gen.stop, at.FAR]
