@@ -111,7 +111,8 @@ def main() -> None:
     asked = evaluate.ask(
         model, evaluate.cases(held_out_photos(), Buckets.of(model.config), edits, every=options.every), Terminal("think"))
     results = {
-        "machine": machine(), "recipe": json.loads(recipe.to_json()), "steps": STEPS, "edits": list(edits),
+        "machine": machine(), "asked": {"seeds": options.seeds, "every": options.every},
+        "recipe": json.loads(recipe.to_json()), "steps": STEPS, "edits": list(edits),
         "by_photo": [edit for edit in edits if EDITS[edit].by_photo],
         "thinking": evaluate.thinking_accuracy(asked),
         "phrasings": evaluate.phrasing_accuracy(model, asked[1].case.pictures[0], asked[2].case.pictures[0], edits),

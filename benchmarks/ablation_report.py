@@ -60,10 +60,11 @@ def claims(data: dict) -> list[tuple[str, bool, str]]:
 def report(path: Path) -> str:
     """Write the page and the plots; returns the page."""
     data = json.loads(path.read_text())
-    bundled, seeds = data["bundled"], data["seeds"]
+    bundled, seeds, asked = data["bundled"], data["seeds"], data["asked"]
     lines = [
         "# The paper's experiments on hywu-mini", "",
-        f"Made by `make ablation` in {data['minutes']} minutes on {data['machine']['cores']} cores.",
+        f"Made by `python -m comfyui_hywu.benchmarks.ablation --seeds {asked['seeds']} --every {asked['every']}` in "
+        f"{data['minutes']} minutes on {data['machine']['cores']} cores.",
         f"{len(data['cases'])} cases: held-out views of scikit-image's photos x {len(data['edits'])} edits, held-out phrasings",
         "(a third of them Chinese), thinking by the model itself, PSNR in dB against the true edit.", "",
         "## What holds", "", "| claim | holds | measured |", "| --- | --- | --- |"]
