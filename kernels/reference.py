@@ -14,15 +14,23 @@ class Adapter(NamedTuple):
     """The LoRA of one projection on the device of its weight.
 
     ``a``: (R, I) or (E, R, I); ``b``: (O, R) or (E, O, R); ``scale``: (R,) fp32, what multiplies each rank (alpha / rank ·
-    strength; bf16 would round a strength of 0.3 by 0.3 %).
-    Several LoRAs on one projection are one Adapter with their ranks side by side, so a changed strength touches ``scale`` only.
+    strength; bf16 would round a strength of 0.3 by 0.3 %), None where ``b`` holds it already.
+    Several LoRAs on one projection are one Adapter with their ranks side by side.
     In training every row of a batch has a LoRA of its own: then ``a`` is (B, R, I) or (B, E, R, I), ``b`` alike, and the
     functions whose names end in ``_rows`` apply it.
     """
 
     a: torch.Tensor
     b: torch.Tensor
-    scale: torch.Tensor
+    scale: torch.Tensor | None
+
+    def folded(self) -> "Adapter":
+        """The scale multiplied into b, in fp32 and rounded once: what the fused kernels take, contiguous."""
+        return self if self.scale is None else Adapter(self.a, (self.b * self.scale).to(self.b.dtype).contiguous(), None)
+
+    def scaled(self, u: torch.Tensor) -> torch.Tensor:
+        """(..., R) products with a, times the scale in fp32, in their own dtype."""
+        return u if self.scale is None else (u * self.scale).to(u.dtype)
 
 
 def adapted_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, adapter: Adapter | None = None) -> torch.Tensor:
@@ -33,15 +41,13 @@ def adapted_linear(x_TI: torch.Tensor, weight_OI: torch.Tensor, adapter: Adapter
     y_TO = x_TI @ weight_OI.mT
     if adapter is None:
         return y_TO
-    u_TR = ((x_TI @ adapter.a.mT) * adapter.scale).to(x_TI.dtype)
-    return torch.addmm(y_TO, u_TR, adapter.b.mT)
+    return torch.addmm(y_TO, adapter.scaled(x_TI @ adapter.a.mT), adapter.b.mT)
 
 
 def adapted_linear_rows(x_BLI: torch.Tensor, weight_OI: torch.Tensor, adapter: Adapter) -> torch.Tensor:
     """``adapted_linear`` with one LoRA a row: a (B, R, I), b (B, O, R), or B = 1 for all; x_BLI to (B, L, O)."""
     y_BLO = x_BLI @ weight_OI.mT
-    u_BLR = ((x_BLI @ adapter.a.mT) * adapter.scale).to(x_BLI.dtype)
-    return y_BLO + u_BLR @ adapter.b.mT
+    return y_BLO + adapter.scaled(x_BLI @ adapter.a.mT) @ adapter.b.mT
 
 
 def expert_mlp(
@@ -92,8 +98,7 @@ def expert_mlp(
 
 
 def _add_lora(y_pO: torch.Tensor, x_pI: torch.Tensor, adapter: Adapter, expert: int) -> torch.Tensor:
-    u_pR = ((x_pI @ adapter.a[expert].mT) * adapter.scale).to(x_pI.dtype)
-    return torch.addmm(y_pO, u_pR, adapter.b[expert].mT)
+    return torch.addmm(y_pO, adapter.scaled(x_pI @ adapter.a[expert].mT), adapter.b[expert].mT)
 
 
 def expert_mlp_rows(
@@ -126,4 +131,4 @@ def expert_mlp_rows(
 
 def _lora_rows(x_BELI: torch.Tensor, adapter: Adapter) -> torch.Tensor:
     """(B, E or 1, L, I) through each row's and expert's own A and B: (B, E, L, O)."""
-    return ((x_BELI @ adapter.a.mT) * adapter.scale).to(x_BELI.dtype) @ adapter.b.mT
+    return adapter.scaled(x_BELI @ adapter.a.mT) @ adapter.b.mT

@@ -122,7 +122,7 @@ def _detach(backbone: Backbone) -> None:
 
 
 def _adapter(path: str, active: list[InjectedLoRA], weight: torch.Tensor) -> Adapter:
-    """The LoRAs' A and B of one projection on its device, ranks side by side; strengths go into the scale alone."""
+    """The LoRAs' A and B of one projection on its device, ranks side by side; strengths go into the scale."""
     a = [injected.lora.tensors[f"{path}.lora_A"].to(weight.device, weight.dtype) for injected in active]
     b = [injected.lora.tensors[f"{path}.lora_B"].to(weight.device, weight.dtype) for injected in active]
     scale = [torch.full((injected.lora.rank,), injected.lora.scale * injected.strength) for injected in active]

@@ -1,0 +1,23 @@
+"""Which expert's rows a tile holds: shared by the Triton kernels that walk over pairs sorted by expert."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def expert_of_tile(ends, tile, EXPERTS: tl.constexpr, EXPERTS_UP: tl.constexpr, BLOCK_P: tl.constexpr):
+    """The tile's expert (``EXPERTS`` behind the last tile), its first row, and the end of the expert's rows.
+
+    Each expert's rows are cut into tiles of BLOCK_P of its own; EXPERTS_UP is the next power of two.
+    """
+    number = tl.arange(0, EXPERTS_UP)
+    real = number < EXPERTS
+    stop = tl.load(ends + number, mask=real, other=0)
+    start = tl.load(ends + number - 1, mask=real & (number > 0), other=0)
+    count = tl.where(real, (stop - start + BLOCK_P - 1) // BLOCK_P, 0)
+    behind = tl.cumsum(count, 0)
+    expert = tl.sum(((behind <= tile) & real).to(tl.int32), 0)
+    mine = number == expert
+    first = tl.sum(tl.where(mine, start + (tile - behind + count) * BLOCK_P, 0), 0)
+    end = tl.sum(tl.where(mine, stop, 0), 0)
+    return expert, first, end
