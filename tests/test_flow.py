@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_hywu.hywu_core import edit as edit_module
+from comfyui_hywu.hywu_core.backbone import inputs
 from comfyui_hywu.hywu_core.condition import encode
 from comfyui_hywu.hywu_core.edit import edit
 from comfyui_hywu.hywu_core.errors import LoRAError, PictureError, PromptError, RequestError
@@ -15,6 +16,7 @@ from comfyui_hywu.hywu_core.sampling import denoise as denoise_module
 from comfyui_hywu.hywu_core.sampling.denoise import sample
 from comfyui_hywu.hywu_core.sampling.schedule import Schedule
 from comfyui_hywu.hywu_core.sampling.taylor import TaylorSettings
+from comfyui_hywu.hywu_core.text.template import Sequence
 from comfyui_hywu.hywu_core.think import think
 from comfyui_hywu.tests.tiny import write_backbone, write_generator
 from PIL import Image
@@ -52,12 +54,12 @@ class Counting:
 
 
 def test_an_edit_encodes_each_source_once_and_prefills_once(tiny_model, tiny_generator, photo, monkeypatch):
-    """One run of the stages for condition and ratio together, then one a denoise step; the reference prefills twice."""
+    """One run of the stages for condition and ratio, one for the beginning of both guidance rows, one a denoise step."""
     vae = Counting(monkeypatch, tiny_model.backbone.vae, "encode")
     walk = Counting(monkeypatch, tiny_model.backbone, "run")
     edit(tiny_model, tiny_generator, [photo, photo.rotate(90)], "combine them", thinking=THOUGHT, steps=3)
     assert vae.calls["encode"] == 2
-    assert walk.calls["run"] == 1 + 3
+    assert walk.calls["run"] == 1 + 1 + 3
 
 
 def test_the_same_request_gives_the_same_bits_and_another_seed_another_picture(adapted, condition):
@@ -217,8 +219,11 @@ def test_taylor_cache_skips_steps(adapted, condition, monkeypatch):
     {"cfg_distilled": True}, {"cfg_distilled": True, "use_meanflow": True}, {"use_meanflow": True},
     {"cond_token_attn_type": "full"}, {"cond_token_attn_type": "full_causal"}, {"cond_token_attn_type": "causal"},
     {"moe_layer_num_skipped": 1}, {"num_key_value_heads": 4}), ids=str)
-def test_variants_of_the_backbone(tmp_path, photo, flags):
-    """Distilled, mean flow (also without distillation, where the reference fails), the other masks, dense layers."""
+def test_variants_of_the_backbone(tmp_path, photo, flags, monkeypatch):
+    """Distilled, mean flow (also without distillation, where the reference fails), the other masks, dense layers.
+
+    What is spared (the rows' common beginning, the mask of the canvas) changes nothing in any of them.
+    """
     folder = write_backbone(tmp_path / "backbone", **flags)
     model = load_model(folder)
     condition = encode(model, [photo], "brighter", THOUGHT)
@@ -230,6 +235,11 @@ def test_variants_of_the_backbone(tmp_path, photo, flags):
         assert not torch.equal(latent, sample(adapted, condition, steps=2))
     if flags.get("cfg_distilled"):
         assert not torch.equal(latent, sample(model, condition, steps=2, guidance=6.0))
+    monkeypatch.setattr(Sequence, "shared_prefix", 0)
+    monkeypatch.setattr(inputs, "canvas_sight", lambda backbone, sequence: inputs.mask(
+        backbone, sequence, torch.arange(*sequence.later_slice)))
+    plain = sample(model, condition, steps=2)
+    assert (plain - latent).abs().max() <= 1e-5 * plain.abs().max()
 
 
 def test_bf16_stays_close_to_fp32(tiny_folders, photo):

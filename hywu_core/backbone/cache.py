@@ -35,11 +35,14 @@ class KVCache:
     def write(
         self, layer: int, k_BHLQ: torch.Tensor, v_BHLQ: torch.Tensor, positions_L: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a layer's keys and values at ``positions_L`` and return views of all slots in use, (B, H_kv, length, Q)."""
-        keys, values = self._keys[layer], self._values[layer]
-        keys.index_copy_(2, positions_L, k_BHLQ)
-        values.index_copy_(2, positions_L, v_BHLQ)
-        return keys[:, :, : self.length], values[:, :, : self.length]
+        """Write a layer's keys and values at ``positions_L`` and return views of all slots in use, (B, H_kv, length, Q).
+
+        One row's are written to all rows of the cache, and only one row's views come back.
+        """
+        keys, values, rows = self._keys[layer], self._values[layer], len(k_BHLQ)
+        keys.index_copy_(2, positions_L, k_BHLQ.expand(len(keys), -1, -1, -1))
+        values.index_copy_(2, positions_L, v_BHLQ.expand(len(values), -1, -1, -1))
+        return keys[:rows, :, : self.length], values[:rows, :, : self.length]
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a layer's slots in use."""

@@ -10,7 +10,8 @@ import torch
 
 from ..text.template import Sequence
 from . import rope
-from .mask import attention_mask
+from .mask import CanvasSight, attention_mask
+from .mask import canvas_sight as mask_of_canvas
 from .model import Backbone
 from .pictures import EncodedPicture
 from .stage import Rope
@@ -68,6 +69,12 @@ def text_rope(backbone: Backbone, position: int) -> Rope:
 def _table(backbone: Backbone, yx_L2: torch.Tensor) -> Rope:
     cos_LQ, sin_LQ = rope.table(yx_L2, backbone.config.attention_head_dim, backbone.config.rope_theta)
     return cos_LQ.to(backbone.device), sin_LQ.to(backbone.device)
+
+
+def canvas_sight(backbone: Backbone, sequence: Sequence) -> CanvasSight:
+    """Who sees what when the canvas is computed alone, against the cache."""
+    start, stop = sequence.later_slice
+    return mask_of_canvas(start, (sequence.gen.start, stop)).to(backbone.device)
 
 
 def mask(backbone: Backbone, sequence: Sequence, rows: torch.Tensor | None = None) -> torch.Tensor:

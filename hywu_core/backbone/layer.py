@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from ..config import BackboneConfig
 from .adapted import AdaptedLinear, Experts
 from .cache import KVCache
+from .mask import CanvasSight
 from .rope import rotate
 
 
@@ -42,27 +43,42 @@ class Attention(nn.Module):
         self,
         x_BLD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        mask_LL: torch.Tensor | None,
+        mask: torch.Tensor | CanvasSight | None,
         cache: KVCache | None = None,
         layer: int = 0,
         positions_L: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend from x to itself, or, with a cache, to everything in it after x's keys and values are written there.
 
-        rope: cos and sin (L, Q) of x's tokens. mask_LL: bool, True = may attend, (L, keys); None = attend to all.
+        rope: cos and sin (L, Q) of x's tokens. mask: bool (L, keys), True = may attend; None = attend to all; a canvas's sight.
         """
         rows, length, _ = x_BLD.shape
-        qkv = self.qkv_proj(x_BLD).view(rows, length, self.kv_heads, self.group + 2, self.head_dim)
-        q, k, v = qkv.split((self.group, 1, 1), dim=3)
-        q_BHLQ = rotate(q.flatten(2, 3).transpose(1, 2), *rope)
-        k_BHLQ = rotate(k.squeeze(3).transpose(1, 2), *rope)
-        v_BHLQ = v.squeeze(3).transpose(1, 2)
-        q_BHLQ, k_BHLQ = self.query_layernorm(q_BHLQ), self.key_layernorm(k_BHLQ)
+        heads = self.qkv_proj(x_BLD).view(rows, length, self.kv_heads, self.group + 2, self.head_dim)
+        # Queries and key of every group at once: rotated, then normalised, each with its own weight.
+        turned = rotate(heads[..., :-1, :], *(part_LQ[:, None, None] for part_LQ in rope))
+        weight = torch.cat((self.query_layernorm.weight.expand(self.group, -1), self.key_layernorm.weight.unsqueeze(0)))
+        turned = F.rms_norm(turned, turned.shape[-1:], eps=self.query_layernorm.eps) * weight
+        q_BHLQ = turned[..., :-1, :].flatten(2, 3).transpose(1, 2)
+        k_BHLQ, v_BHLQ = turned[..., -1, :].transpose(1, 2), heads[..., -1, :].transpose(1, 2)
         if cache is not None:
             k_BHLQ, v_BHLQ = cache.write(layer, k_BHLQ, v_BHLQ, positions_L)
-        out_BHLQ = F.scaled_dot_product_attention(
-            q_BHLQ, k_BHLQ, v_BHLQ, attn_mask=mask_LL, enable_gqa=self.group > 1)
+        out_BHLQ = attend(q_BHLQ, k_BHLQ, v_BHLQ, mask)
         return self.o_proj(out_BHLQ.transpose(1, 2).reshape(rows, length, -1))
+
+
+def attend(
+    q_BHLQ: torch.Tensor, k_BHLQ: torch.Tensor, v_BHLQ: torch.Tensor, mask: torch.Tensor | CanvasSight | None
+) -> torch.Tensor:
+    """Attention of grouped heads, (B, H, L, Q); the picture of a canvas is attended from without any mask."""
+    grouped = q_BHLQ.shape[1] != k_BHLQ.shape[1]
+    if not isinstance(mask, CanvasSight):
+        return F.scaled_dot_product_attention(q_BHLQ, k_BHLQ, v_BHLQ, attn_mask=mask, enable_gqa=grouped)
+    special, seen = mask.causal_SK.shape
+    first = F.scaled_dot_product_attention(
+        q_BHLQ[:, :, :special], k_BHLQ[:, :, :seen], v_BHLQ[:, :, :seen], attn_mask=mask.causal_SK, enable_gqa=grouped)
+    rest = F.scaled_dot_product_attention(
+        q_BHLQ[:, :, special:], k_BHLQ[:, :, : mask.keys], v_BHLQ[:, :, : mask.keys], enable_gqa=grouped)
+    return torch.cat((first, rest), dim=2)
 
 
 class MLP(nn.Module):
@@ -89,9 +105,11 @@ class Router(nn.Module):
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, D) -> chosen experts (T, K) int64 and their weights (T, K) fp32, which sum to 1."""
-        share_TE = self.wg(x_TD.float()).softmax(dim=-1)
-        weight_TK, expert_TK = share_TE.topk(self.top_k, dim=-1)
-        return expert_TK, weight_TK / weight_TK.sum(dim=-1, keepdim=True).clamp_min(1e-8)
+        # The published pipeline computes them in the dtype of x, and which expert wins hangs on that rounding.
+        score_TE = F.linear(x_TD, self.wg.weight.to(x_TD.dtype)).float()
+        # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
+        score_TK, expert_TK = score_TE.topk(self.top_k, dim=-1)
+        return expert_TK, score_TK.softmax(dim=-1)
 
 
 class MixtureOfExperts(nn.Module):
@@ -119,8 +137,8 @@ class DecoderLayer(nn.Module):
         dense = layer < config.moe_layer_num_skipped
         self.mlp = MLP(config.hidden_size, config.intermediate_size) if dense else MixtureOfExperts(config, layer)
 
-    def forward(self, hidden_BLD, rope, mask_LL, cache=None, layer=0, positions_L=None) -> torch.Tensor:
+    def forward(self, hidden_BLD, rope, mask, cache=None, layer=0, positions_L=None) -> torch.Tensor:
         """(B, L, D) -> (B, L, D); the other arguments as in Attention.forward."""
         hidden_BLD = hidden_BLD + self.self_attn(
-            self.input_layernorm(hidden_BLD), rope, mask_LL, cache, layer, positions_L)
+            self.input_layernorm(hidden_BLD), rope, mask, cache, layer, positions_L)
         return hidden_BLD + self.mlp(self.post_attention_layernorm(hidden_BLD))

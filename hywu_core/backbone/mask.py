@@ -1,8 +1,27 @@
 """Who may attend to whom: causal, with full attention inside pictures (spec section 6)."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+
+
+class CanvasSight(NamedTuple):
+    """Who sees what on a canvas, which is a few special tokens and a picture: the picture sees the first ``keys`` keys, all of
+    them, so it needs no mask; each of the S special tokens sees what stands before it, ``causal_SK`` (S, start + S).
+    """
+
+    causal_SK: torch.Tensor
+    keys: int
+
+    def to(self, device: torch.device) -> "CanvasSight":
+        return self._replace(causal_SK=self.causal_SK.to(device))
+
+
+def canvas_sight(start: int, picture: tuple[int, int]) -> CanvasSight:
+    """Of a canvas that begins with its special tokens at ``start`` and ends with its picture, a half-open span."""
+    special, seen = picture[0] - start, picture[0]
+    return CanvasSight(torch.ones(special, seen, dtype=torch.bool).tril(start), picture[1])
 
 
 def attention_mask(length: int, full_spans: Sequence[tuple[int, int]], rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -16,6 +16,7 @@ from .adapted import AdaptedLinear, Experts
 from .cache import KVCache
 from .embedders import FinalLayer, NumberEmbedder, PatchEmbed
 from .layer import DecoderLayer, RMSNorm
+from .mask import CanvasSight
 from .stage import Rope, Stage
 
 
@@ -70,15 +71,15 @@ class Backbone(nn.Module):
         self,
         hidden_BLD: torch.Tensor,
         rope: Rope,
-        mask_LL: torch.Tensor | None,
+        mask: torch.Tensor | CanvasSight | None,
         caches: list[KVCache] | None = None,
         positions_L: torch.Tensor | None = None,
         on_layer: Callable[[int], None] = lambda layer: None,
     ) -> torch.Tensor:
         """Through all stages: (B, L, D) embeddings to the last layer's hidden states, before ``ln_f``.
 
-        With caches, ``positions_L`` (default 0..L-1) says which slots x's keys and values take. on_layer is called after each
-        layer and may raise to cancel.
+        mask: bool (L, keys), True = may attend; None = attend to all; a canvas's sight. With caches, ``positions_L`` (default
+        0..L-1) says which slots x's keys and values take. on_layer is called after each layer and may raise to cancel.
         """
         if caches is not None and positions_L is None:
             positions_L = torch.arange(hidden_BLD.shape[1])
@@ -87,7 +88,7 @@ class Backbone(nn.Module):
             if caches is not None:
                 cache = caches[index]
                 cache.reserve(int(positions_L[-1]) + 1)
-            hidden_BLD = stage.run(hidden_BLD, rope, mask_LL, cache, positions_L, on_layer)
+            hidden_BLD = stage.run(hidden_BLD, rope, mask, cache, positions_L, on_layer)
         return hidden_BLD.to(self.device)
 
     def logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:

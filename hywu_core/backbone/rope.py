@@ -41,9 +41,10 @@ def table(yx_L2: torch.Tensor, head_dim: int, base: float) -> tuple[torch.Tensor
     return angle_LQ.cos(), angle_LQ.sin()
 
 
-def rotate(x_BHLQ: torch.Tensor, cos_LQ: torch.Tensor, sin_LQ: torch.Tensor) -> torch.Tensor:
-    """Rotate heads (B, H, L, Q) in fp32, half against half, and return them in their own dtype."""
-    x = x_BHLQ.float()
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cos_LQ + turned * sin_LQ).to(x_BHLQ.dtype)
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate heads (..., Q) in fp32, half against half, and return them in their own dtype; cos and sin must broadcast."""
+    half, wide = x.shape[-1] // 2, x.float()
+    turned = wide * cos
+    turned[..., :half].addcmul_(wide[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(wide[..., :half], sin[..., half:])
+    return turned.to(x.dtype)

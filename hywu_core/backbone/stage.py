@@ -10,6 +10,7 @@ import torch
 
 from .cache import KVCache
 from .layer import DecoderLayer
+from .mask import CanvasSight
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -36,7 +37,7 @@ class Stage:
         self,
         hidden_BLD: torch.Tensor,
         rope: Rope,
-        mask_LL: torch.Tensor | None,
+        mask: torch.Tensor | CanvasSight | None,
         cache: KVCache | None,
         positions_L: torch.Tensor | None,
         on_layer: Callable[[int], None],
@@ -48,9 +49,9 @@ class Stage:
         device = self.device
         hidden_BLD = hidden_BLD.to(device)
         rope = (rope[0].to(device), rope[1].to(device))
-        mask_LL = None if mask_LL is None else mask_LL.to(device)
+        mask = None if mask is None else mask.to(device)
         positions_L = None if positions_L is None else positions_L.to(device)
         for index, layer in enumerate(self.layers):
-            hidden_BLD = layer(hidden_BLD, rope, mask_LL, cache, index, positions_L)
+            hidden_BLD = layer(hidden_BLD, rope, mask, cache, index, positions_L)
             on_layer(self.first + index)
         return hidden_BLD

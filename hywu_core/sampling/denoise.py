@@ -5,11 +5,15 @@ requested steps, guidance and shift are what is run, and guidance 1 needs one ro
 """
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from ..backbone import inputs
+from ..backbone.cache import KVCache
+from ..backbone.model import Backbone
+from ..backbone.stage import Rope
 from ..condition import Condition
 from ..errors import LoRAError, RequestError
 from ..handle import ModelHandle
@@ -90,12 +94,11 @@ def denoise(
                 if step == 0:
                     hidden_BLD = inputs.embed(backbone, sequence, condition.pictures)
                     hidden_BLD[:, span] = canvas_BLD
-                    hidden_BLD = backbone.run(
-                        hidden_BLD, (cos_LQ, sin_LQ), inputs.mask(backbone, sequence), caches, on_layer=tick)[:, span]
-                    canvas_mask = inputs.mask(backbone, sequence, positions_L)
+                    hidden_BLD = _first_pass(backbone, sequence, hidden_BLD, (cos_LQ, sin_LQ), caches, tick)
+                    sight = inputs.canvas_sight(backbone, sequence)
                 else:
                     hidden_BLD = backbone.run(
-                        canvas_BLD, (cos_LQ[span], sin_LQ[span]), canvas_mask, caches, positions_L, on_layer=tick)
+                        canvas_BLD, (cos_LQ[span], sin_LQ[span]), sight, caches, positions_L, on_layer=tick)
                 if plan is not None and plan.stores(step):
                     plan.predictor.store(step, hidden_BLD)
             else:
@@ -107,6 +110,20 @@ def denoise(
             on_tick(step + 1, steps, clean_bchw)
     check_finite(model, latent_bchw)
     return latent_bchw
+
+
+def _first_pass(
+    backbone: Backbone, sequence: Sequence, hidden_BLD: torch.Tensor, rope: Rope, caches: list[KVCache],
+    tick: Callable[[int], None],
+) -> torch.Tensor:
+    """Fill the caches with the whole sequence, what the rows share but once; returns the canvas's last hidden states."""
+    mask_LL, shared, span = inputs.mask(backbone, sequence), sequence.shared_prefix, slice(*sequence.later_slice)
+    if shared:
+        head = tuple(part_LQ[:shared] for part_LQ in rope)
+        backbone.run(hidden_BLD[:1, :shared], head, mask_LL[:shared, :shared], caches, on_layer=tick)
+    tail, positions_L = tuple(part_LQ[shared:] for part_LQ in rope), torch.arange(shared, sequence.length)
+    hidden_BLD = backbone.run(hidden_BLD[:, shared:], tail, mask_LL[shared:], caches, positions_L, on_layer=tick)
+    return hidden_BLD[:, span.start - shared : span.stop - shared]
 
 
 def _stay(on_tick: Tick, step: int, steps: int, layer: int) -> None:

@@ -86,6 +86,17 @@ class Sequence:
         return [((span.start, span.stop), span.grid) for span in self.images if span.kind in kinds]
 
     @property
+    def shared_prefix(self) -> int:
+        """How many of the first tokens all rows have in common, cut before a picture that does not lie in there whole."""
+        if self.ids_BL.shape[0] == 1:
+            return 0
+        differs_L = (self.ids_BL != self.ids_BL[:1]).any(0)
+        shared = int(differs_L.int().argmax()) if differs_L.any() else self.length
+        cut = [start for start, stop in (*self.joint_spans, *((image.start, image.stop) for image in self.images))
+               if start < shared < stop]
+        return min([shared, *cut] if self.gen is None else [shared, self.gen_timestep, *cut])
+
+    @property
     def later_slice(self) -> Slice | None:
         """What later denoise steps recompute: from the painted ``<timestep>`` to its last ``<img>`` (spec section 6)."""
         return None if self.gen is None else (self.gen_timestep, self.gen.stop)

@@ -1,7 +1,8 @@
 """Masks drawn by hand."""
 
 import torch
-from comfyui_hywu.hywu_core.backbone.mask import attention_mask
+from comfyui_hywu.hywu_core.backbone.layer import attend
+from comfyui_hywu.hywu_core.backbone.mask import attention_mask, canvas_sight
 
 
 def test_causal_with_a_full_span():
@@ -17,3 +18,13 @@ def test_causal_with_a_full_span():
 def test_rows_are_rows_of_the_full_mask():
     rows = torch.tensor([2, 3, 6])
     assert torch.equal(attention_mask(8, [(1, 3), (5, 7)], rows), attention_mask(8, [(1, 3), (5, 7)])[rows])
+
+
+def test_a_canvas_without_a_mask_sees_what_the_mask_says():
+    """Two special tokens at 6 and 7, a picture of four, and tokens behind it that nobody sees."""
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, tokens, 8, generator=random) for heads, tokens in ((4, 6), (2, 14), (2, 14)))
+    v[:, :, 12:] = 1e6
+    want = attend(q, k, v, attention_mask(14, [(1, 5), (8, 12)], torch.arange(6, 12)))
+    torch.testing.assert_close(attend(q, k, v, canvas_sight(6, (8, 12))), want)
+    assert torch.equal(canvas_sight(6, (8, 12)).causal_SK, attention_mask(14, [], torch.arange(6, 8))[:, :8])

@@ -48,6 +48,18 @@ def test_later_rows_against_the_cache_equal_the_full_pass(tiny_model, inputs):
 
 
 @torch.no_grad()
+def test_what_two_rows_share_can_be_computed_once(tiny_model, inputs):
+    backbone, (hidden, (cos, sin), mask) = tiny_model.backbone, inputs
+    hidden = torch.cat((hidden[:1, :13].expand(2, -1, -1), hidden[:, 13:]), dim=1)
+    full = backbone.run(hidden, (cos, sin), mask)
+    caches = backbone.new_cache(2, LENGTH)
+    first = backbone.run(hidden[:1, :13], (cos[:13], sin[:13]), mask[:13, :13], caches)
+    rest = backbone.run(hidden[:, 13:], (cos[13:], sin[13:]), mask[13:], caches, torch.arange(13, LENGTH))
+    torch.testing.assert_close(first.expand(2, -1, -1), full[:, :13], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rest, full[:, 13:], rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_one_token_at_a_time_equals_the_full_pass_and_grows_the_cache(tiny_model):
     backbone, config = tiny_model.backbone, tiny_model.config
     hidden = torch.randn(1, LENGTH, config.hidden_size, generator=torch.Generator().manual_seed(1))

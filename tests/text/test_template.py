@@ -43,6 +43,19 @@ def test_an_image_sequence_and_its_unconditional_row(tokenizer, config, generati
         f"<|startoftext|>Hi\n\nUser: {image}<cfg>*3\n\nAssistant: <think><cfg>*2</think><cfg>*4{canvas}")
 
 
+def test_both_rows_begin_alike(tokenizer, config, generation):
+    """Up to the first <cfg>, pictures included; a cut inside a picture moves before it."""
+    sequence = image_sequence(tokenizer, config, generation, "red", [PICTURE], BUCKET, system_prompt="Hi")
+    shared = sequence.shared_prefix
+    assert parts(tokenizer, replace(sequence, ids_BL=sequence.ids_BL[:, :shared]), 1).endswith("<img>*9<eoi>")
+    assert tokenizer.decode([sequence.ids_BL[1, shared].item()]) == "<cfg>"
+    assert replace(sequence, ids_BL=sequence.ids_BL[:1]).shared_prefix == 0
+    vit = sequence.spans("vit")[0]
+    ids_BL = sequence.ids_BL.clone()
+    ids_BL[1, vit.start + 2] = 0
+    assert replace(sequence, ids_BL=ids_BL).shared_prefix == sequence.spans("vae")[0].start
+
+
 def test_rows(tokenizer, config, distilled, generation):
     def rows(config, **more):
         return image_sequence(tokenizer, config, generation, "red", [], BUCKET, **more).ids_BL.shape[0]
