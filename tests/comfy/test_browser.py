@@ -37,6 +37,27 @@ def chromium() -> str | None:
     return None
 
 
+def launch(api, executable: str):
+    """A headless Chromium of Playwright's ``api``."""
+    return api.chromium.launch(
+        executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+
+
+def open_page(browser, server):
+    """The front end, loaded, nothing open over the canvas; the page's ``warnings`` collects what it complains of."""
+    opened = browser.new_page(viewport={"width": 1900, "height": 1000})
+    opened.warnings = []
+    opened.on("console", lambda message: opened.warnings.append(message.text) if message.type in ("warning", "error") else None)
+    opened.on("dialog", lambda dialog: (opened.warnings.append(f"dialog: {dialog.message}"), dialog.dismiss()))
+    # What a visitor's first visit leaves behind: no template browser, no tour over the canvas.
+    server.post("/settings", {
+        "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9", "Comfy.Minimap.Visible": False})
+    opened.goto(server.url)
+    opened.wait_for_function("() => window.app && window.app.graph && window.app.extensionManager", timeout=90 * SECONDS)
+    opened.wait_for_timeout(1500)
+    return opened
+
+
 @pytest.fixture(scope="module")
 def saved_lora(server) -> None:
     """The file that "reuse saved LoRA" names: the first that "edit one photo" saves."""
@@ -51,25 +72,14 @@ def browser(saved_lora):
     if executable is None:
         pytest.skip("no Chromium is installed (apt-get install chromium): the workflows are not tried in a browser")
     with playwright.sync_playwright() as api:
-        running = api.chromium.launch(
-            executable_path=executable, args=["--no-sandbox", "--disable-gpu", "--disable-background-networking"])
+        running = launch(api, executable)
         yield running
         running.close()
 
 
 @pytest.fixture
 def page(browser, server):
-    """The front end, loaded, nothing open over the canvas."""
-    opened = browser.new_page(viewport={"width": 1900, "height": 1000})
-    opened.warnings = []
-    opened.on("console", lambda message: opened.warnings.append(message.text) if message.type in ("warning", "error") else None)
-    opened.on("dialog", lambda dialog: (opened.warnings.append(f"dialog: {dialog.message}"), dialog.dismiss()))
-    # What a visitor's first visit leaves behind: no template browser, no tour over the canvas.
-    server.post("/settings", {
-        "Comfy.TutorialCompleted": True, "Comfy.InstalledVersion": "1.32.9", "Comfy.Minimap.Visible": False})
-    opened.goto(server.url)
-    opened.wait_for_function("() => window.app && window.app.graph && window.app.extensionManager", timeout=90 * SECONDS)
-    opened.wait_for_timeout(1500)
+    opened = open_page(browser, server)
     assert alerts(opened) == []
     yield opened
     opened.close()
