@@ -4,12 +4,14 @@ Held-out photos (scikit-image's) x held-out phrasings, thinking by the frozen ba
 unchanged, (b) the frozen base, (c) one shared static LoRA, (d) full fine-tuning, (e) HY-WU, (f) HY-WU with the LoRA of another
 request, (g) the mean of HY-WU's LoRAs, (h) the LoRA of another photo for the same edit, and (z) the VAE's reconstruction of the
 true edit, which is the ceiling. (c), (d) and (e) are trained on the bundled base for the same steps and batches, several seeds.
+What is measured is kept in the run's folder: a killed run goes on from there.
 """
 
 import argparse
 import copy
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -94,6 +96,47 @@ def lora_map(loras: list) -> list[list[float]]:
     return (vectors[:, -2:] * values[-2:].clamp_min(0).sqrt()).flip(1).tolist()
 
 
+def measure_bundled(model: ModelHandle, asked: list, edits: tuple[str, ...], generator: GeneratorHandle) -> dict:
+    """Everything that needs no training: thinking, (a), (b), (e) to (h), (z), and the map of the LoRAs."""
+    made, loras = measure(model, asked, generator)
+    made |= {
+        "a source unchanged": evaluate.scores(asked, [each.case.source for each in asked]),
+        "b frozen base": evaluate.scores(
+            asked, evaluate.paint(model, asked, [None] * len(asked), steps=STEPS, on_tick=Terminal("b frozen base"))),
+        "z VAE of the true edit": evaluate.scores(asked, evaluate.through_vae(model, [each.case.wanted for each in asked])),
+    }
+    return {
+        "thinking": evaluate.thinking_accuracy(asked),
+        "phrasings": evaluate.phrasing_accuracy(model, asked[1].case.pictures[0], asked[2].case.pictures[0], edits),
+        "cases": [[each.case.photo, each.case.edit, each.case.instruction, each.thinking] for each in asked],
+        "bundled": made, "map": lora_map(loras)}
+
+
+def measure_seed(run: Run, model: ModelHandle, asked: list, recipe: Recipe, folder: Path) -> dict:
+    """Scores of (c), (d) and (e), trained alike; with the first seed the gradients of the tasks, too."""
+    generator, parameters, tuned = train_seed(run, model, recipe, folder)
+    static = baselines.static_lora(parameters, generator.config)
+    again = [replace(each, condition=evaluate.encode(tuned, each.case.pictures, each.case.instruction, each.thinking))
+             for each in asked]
+    arms = {
+        "c one static LoRA": (model, asked, [static] * len(asked)),
+        "d full fine-tuning": (tuned, again, [None] * len(asked)),
+        "e HY-WU": (model, asked, evaluate.written(generator, asked))}
+    made = {name: evaluate.scores(asked, evaluate.paint(*arm, steps=STEPS, on_tick=Terminal(name)))
+            for name, arm in arms.items()}
+    return {"scores": made} | ({} if recipe.seed else {"gradients": gradients(run, model, recipe, parameters)})
+
+
+def kept(path: Path, of: list, make: Callable[[], dict]) -> dict:
+    """What ``path`` holds if it was made ``of`` the same, else what ``make`` makes, written there."""
+    if path.is_file() and (found := json.loads(path.read_text()))["of"] == of:
+        return found["made"]
+    made = _rounded(make())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"of": of, "made": made}) + "\n")
+    return made
+
+
 def main() -> None:
     """Run everything that is not in the run folder yet, then write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -106,42 +149,25 @@ def main() -> None:
     options = parser.parse_args()
     began, recipe = time.time(), Recipe.load(options.recipe)
     model = load_model(options.checkpoint / "backbone", dtype=torch.float32)
-    run = prepare(recipe, options.photos, options.run, Terminal("photos"), print, model) if options.seeds else None
+    generator = load_generator(options.checkpoint / "generator", dtype=torch.float32)
     edits = recipe.edit_names()
     asked = evaluate.ask(
         model, evaluate.cases(held_out_photos(), Buckets.of(model.config), edits, every=options.every), Terminal("think"))
+    of = [model.fingerprint, generator.fingerprint, options.every, STEPS]
     results = {
         "machine": machine(), "asked": {"seeds": options.seeds, "every": options.every},
         "recipe": json.loads(recipe.to_json()), "steps": STEPS, "edits": list(edits),
-        "by_photo": [edit for edit in edits if EDITS[edit].by_photo],
-        "thinking": evaluate.thinking_accuracy(asked),
-        "phrasings": evaluate.phrasing_accuracy(model, asked[1].case.pictures[0], asked[2].case.pictures[0], edits),
-        "cases": [[each.case.photo, each.case.edit, each.case.instruction, each.thinking] for each in asked]}
-    wanted = [each.case.wanted for each in asked]
-    fixed = {
-        "a source unchanged": evaluate.scores(asked, [each.case.source for each in asked]),
-        "b frozen base": evaluate.scores(
-            asked, evaluate.paint(model, asked, [None] * len(asked), steps=STEPS, on_tick=Terminal("b frozen base"))),
-        "z VAE of the true edit": evaluate.scores(asked, evaluate.through_vae(model, wanted)),
-    }
-    bundled, loras = measure(model, asked, load_generator(options.checkpoint / "generator", dtype=torch.float32))
-    results["bundled"] = {**fixed, **bundled}
-    results["map"] = lora_map(loras)
-    results["seeds"] = []
+        "by_photo": [edit for edit in edits if EDITS[edit].by_photo], "seeds": []}
+    results |= kept(options.run / "bundled.json", of, lambda: measure_bundled(model, asked, edits, generator))
+    if options.seeds:
+        run = prepare(recipe, options.photos, options.run, Terminal("photos"), print, model)
     for seed in range(options.seeds):
-        seeded = replace(recipe, seed=seed)
-        generator, parameters, tuned = train_seed(run, model, seeded, options.run / f"seed-{seed}")
-        scores, _ = measure(model, asked, generator)
-        static = baselines.static_lora(parameters, generator.config)
-        painted = evaluate.paint(model, asked, [static] * len(asked), steps=STEPS, on_tick=Terminal("c static LoRA"))
-        scores["c one static LoRA"] = evaluate.scores(asked, painted)
-        again = [replace(each, condition=evaluate.encode(tuned, each.case.pictures, each.case.instruction, each.thinking))
-                 for each in asked]
-        scores["d full fine-tuning"] = evaluate.scores(
-            asked, evaluate.paint(tuned, again, [None] * len(asked), steps=STEPS, on_tick=Terminal("d fine-tuned")))
-        results["seeds"].append(scores)
+        seeded, folder = replace(recipe, seed=seed), options.run / f"seed-{seed}"
+        found = kept(folder / "scores.json", [*of, seeded.to_json()],
+                     lambda seeded=seeded, folder=folder: measure_seed(run, model, asked, seeded, folder))
+        results["seeds"].append(found["scores"])
         if seed == 0:
-            results["gradients"] = gradients(run, model, seeded, parameters)
+            results["gradients"] = found["gradients"]
     results["minutes"] = round((time.time() - began) / 60, 1)
     (RESULTS / "ablation.json").write_text(json.dumps(_rounded(results)) + "\n")
     print(report(RESULTS / "ablation.json"))
