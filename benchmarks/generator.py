@@ -23,7 +23,7 @@ from ..hywu_core.training.recipe import GeneratorSizes, Sizes, generator_config
 from .record import record
 
 SIZES = Sizes(hidden=256, layers=32, heads=8, kv_heads=4, head_dim=32, experts=16, top_k=8, expert_width=192, shared=1)
-GENERATOR = GeneratorSizes(width=512, head_dim=64, blocks=4, token_dim=256, accumulation=4, rank=16, alpha=16)
+GENERATOR = GeneratorSizes(width=1024, head_dim=128, blocks=2, token_dim=256, accumulation=4, rank=16, alpha=16)
 CONDITION = 300  # tokens
 
 

@@ -90,8 +90,8 @@ class Block(nn.Module):
     def forward(self, x_BNWG: torch.Tensor, context_BSG: torch.Tensor, positions: Positions) -> torch.Tensor:
         """Returns the new x_BNWG; without gradients and above one slice it is written over the old one."""
         keys_values = self.self_attn_cross.keys_values(context_BSG, positions.condition)
-        x_BNWG = _in_slices(lambda piece, start: self._across_layers(piece, positions), x_BNWG, axis=2)
-        return _in_slices(lambda piece, start: self._within_layers(piece, start, keys_values, positions), x_BNWG, axis=1)
+        x_BNWG = in_slices(lambda piece, start: self._across_layers(piece, positions), x_BNWG, axis=2)
+        return in_slices(lambda piece, start: self._within_layers(piece, start, keys_values, positions), x_BNWG, axis=1)
 
     def _across_layers(self, x_BNWG: torch.Tensor, positions: Positions) -> torch.Tensor:
         B, N, W, G = x_BNWG.shape
@@ -111,8 +111,11 @@ class Block(nn.Module):
         return x_BNWG + self.feed_forward(self.norm4(x_BNWG))
 
 
-def _in_slices(step: Callable[[torch.Tensor, int], torch.Tensor], x_BNWG: torch.Tensor, axis: int) -> torch.Tensor:
-    """Run ``step(slice, its start)``, which works independently along ``axis``; with gradients always in one piece."""
+def in_slices(step: Callable[[torch.Tensor, int], torch.Tensor], x_BNWG: torch.Tensor, axis: int) -> torch.Tensor:
+    """Run ``step(slice, its start)``, which works independently along ``axis``; with gradients always in one piece.
+
+    Without gradients and above one slice the result is written over ``x_BNWG``.
+    """
     length = x_BNWG.shape[axis]
     tokens_each = x_BNWG.shape[:3].numel() // length
     size = max(1, TOKENS_AT_ONCE // tokens_each)

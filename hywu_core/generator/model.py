@@ -19,7 +19,7 @@ from ..config import GeneratorConfig, torch_dtype
 from ..errors import CheckpointError, LoRAError
 from ..lora.value import LoRA, Provenance
 from ..progress import Tick, silent
-from .blocks import EPS, Block, Positions
+from .blocks import EPS, Block, Positions, in_slices
 from .rope import rotary_table
 from .tokens import TokenLayout, detokenise
 
@@ -48,14 +48,23 @@ class TokenTransformer(nn.Module):
         """Projected condition (B, S, G) -> raw tokens (B, N, P, R, C); ticks per block."""
         context_BSG = self.norm_input(context_BSG)
         positions = self.positions(context_BSG.shape[1], context_BSG.device)
-        x_BNWG = self.norm_tokens(self.position_tokens()[None])
         # Rows of a batch start equal but are written to apart.
-        x_BNWG = x_BNWG.expand(context_BSG.shape[0], -1, -1, -1).contiguous()
+        x_BNWG = self.position_tokens().expand(context_BSG.shape[0], -1, -1, -1).contiguous()
+        x_BNWG = in_slices(lambda piece, start: self.norm_tokens(piece), x_BNWG, axis=1)
         on_tick(0, len(self.blocks), None)
         for done, block in enumerate(self.blocks, start=1):
             x_BNWG = block(x_BNWG, context_BSG, positions)
             on_tick(done, len(self.blocks), None)
-        return self._project(self.norm_final(x_BNWG))
+        if torch.is_grad_enabled():
+            return self._project(x_BNWG)
+        # A layer at a time into its place: at the published sizes the tokens and the result are 1.45 GB each.
+        raw_BNPRC = None
+        for layer in range(x_BNWG.shape[1]):
+            piece = self._project(x_BNWG[:, layer : layer + 1])
+            if raw_BNPRC is None:
+                raw_BNPRC = piece.new_empty(piece.shape[0], x_BNWG.shape[1], *piece.shape[2:])
+            raw_BNPRC[:, layer : layer + 1] = piece
+        return raw_BNPRC
 
     def position_tokens(self) -> torch.Tensor:
         """The learned start (N, W, G): W = P * R / a tokens a layer, each of a = dim_accumulation rows side by side."""
@@ -77,9 +86,9 @@ class TokenTransformer(nn.Module):
             condition=rotary_table((diagonal, diagonal), head_dim))
 
     def _project(self, x_BNWG: torch.Tensor) -> torch.Tensor:
-        """Take the tokens apart again and give the A tokens and the B tokens each their projection."""
+        """Take the normed tokens apart again and give the A tokens and the B tokens each their projection."""
         B, N = x_BNWG.shape[:2]
-        x_BNPRG = x_BNWG.view(B, N, self.layout.num_tokens, self.layout.rank, -1)
+        x_BNPRG = self.norm_final(x_BNWG).view(B, N, self.layout.num_tokens, self.layout.rank, -1)
         a, b = x_BNPRG.split([self.layout.num_a_tokens, self.layout.num_tokens - self.layout.num_a_tokens], dim=2)
         return torch.cat((self.proj_out_A(a), self.proj_out_B(b)), dim=2)
 

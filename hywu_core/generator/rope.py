@@ -40,7 +40,9 @@ def rotary_table(axes: tuple[torch.Tensor, ...], head_dim: int) -> RotaryTable:
 
 def rotate(x_BLHQ: torch.Tensor, table: RotaryTable) -> torch.Tensor:
     """Rotate the feature pairs (2j, 2j+1) by their position's angle, in fp32; returns the dtype that came in."""
-    even, odd = x_BLHQ.float().unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x_BLHQ.float().unflatten(-1, (-1, 2))
     cos, sin = table.cos[:, None], table.sin[:, None]  # (L, 1, Q/2): the same for every head
-    rotated = torch.stack((cos * even - sin * odd, sin * even + cos * odd), dim=-1)
+    rotated = pairs * cos[..., None]
+    rotated[..., 0].addcmul_(pairs[..., 1], sin, value=-1)
+    rotated[..., 1].addcmul_(pairs[..., 0], sin)
     return rotated.flatten(-2).to(x_BLHQ.dtype)
