@@ -55,6 +55,7 @@ class TokenTransformer(nn.Module):
         for done, block in enumerate(self.blocks, start=1):
             x_BNWG = block(x_BNWG, context_BSG, positions)
             on_tick(done, len(self.blocks), None)
+        x_BNWG = in_slices(lambda piece, start: self.norm_final(piece), x_BNWG, axis=1)
         if torch.is_grad_enabled():
             return self._project(x_BNWG)
         # A layer at a time into its place: at the published sizes the tokens and the result are 1.45 GB each.
@@ -86,9 +87,9 @@ class TokenTransformer(nn.Module):
             condition=rotary_table((diagonal, diagonal), head_dim))
 
     def _project(self, x_BNWG: torch.Tensor) -> torch.Tensor:
-        """Take the normed tokens apart again and give the A tokens and the B tokens each their projection."""
+        """Take the tokens apart again and give the A tokens and the B tokens each their projection."""
         B, N = x_BNWG.shape[:2]
-        x_BNPRG = self.norm_final(x_BNWG).view(B, N, self.layout.num_tokens, self.layout.rank, -1)
+        x_BNPRG = x_BNWG.view(B, N, self.layout.num_tokens, self.layout.rank, -1)
         a, b = x_BNPRG.split([self.layout.num_a_tokens, self.layout.num_tokens - self.layout.num_a_tokens], dim=2)
         return torch.cat((self.proj_out_A(a), self.proj_out_B(b)), dim=2)
 
