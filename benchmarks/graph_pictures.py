@@ -21,7 +21,7 @@ SHOWN = {
     "edit_one_photo": (PHOTO, "edit"), "combine_two": (PHOTO, OTHER, "combined"),
     "with_and_without_lora": ("without_lora", "with_lora"), "reuse_saved_lora": (PHOTO, "edit"),
 }
-MARGIN = 24
+MARGIN = 8
 # Page coordinates of a box around all nodes.
 BOX = """() => {
     const {scale, offset} = window.app.canvas.ds, nodes = window.app.graph.nodes;
