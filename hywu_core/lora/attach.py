@@ -5,7 +5,7 @@ on entry and takes them off on exit, error and cancel. The weights themselves ar
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -62,17 +62,19 @@ def check_targets(backbone: Backbone, lora: LoRA) -> None:
 
 
 @contextmanager
-def attached(model: ModelHandle) -> Iterator[None]:
+def attached(model: ModelHandle, on_layer: Callable[[], None] = lambda: None) -> Iterator[None]:
     """While the block runs, the handle's LoRAs act in its backbone; afterwards none does, whatever happened inside.
 
-    LoRAs of strength 0 are left out. Raises LoRAError if another block is still holding this backbone.
+    LoRAs of strength 0 are left out. on_layer is called after each layer that was given its adapters, and may raise to cancel:
+    the first time the weights move to where there is room for a LoRA behind them. Raises LoRAError if another block is still
+    holding this backbone.
     """
     backbone = model.backbone
     _refuse_second(backbone)
     active = [injected for injected in model.loras if injected.strength != 0.0]
     try:
         if active:
-            _attach(backbone, active)
+            _attach(backbone, active, on_layer)
         yield
     finally:
         _detach(backbone)
@@ -107,9 +109,13 @@ def _refuse_second(backbone: Backbone) -> None:
             f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
 
 
-def _attach(backbone: Backbone, active: list[InjectedLoRA]) -> None:
+def _attach(backbone: Backbone, active: list[InjectedLoRA], on_layer: Callable[[], None]) -> None:
+    last = None
     for name, module in backbone.adapted_modules():
-        weight = next(module.parameters())
+        layer = name.split(".")[2]  # model.layers.0....
+        if last not in (None, layer):
+            on_layer()
+        last, weight = layer, next(module.parameters())
         for target in module.targets():
             path = f"{name}.{target.name}".rstrip(".")
             module.attach(target.name, _adapter(path, active, weight))

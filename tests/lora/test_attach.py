@@ -105,6 +105,22 @@ def test_a_failure_while_attaching_leaves_nothing_behind(tiny_model):
     assert carried(tiny_model) == 0
 
 
+def test_cancel_between_two_layers_leaves_nothing_behind(tiny_model):
+    class Cancelled(Exception):
+        pass
+
+    seen = []
+
+    def cancel():
+        seen.append(carried(tiny_model))
+        raise Cancelled
+
+    with pytest.raises(Cancelled), attached(inject(tiny_model, random_lora(tiny_model)), cancel):
+        pass
+    whole = sum(len(module.targets()) for _, module in tiny_model.backbone.adapted_modules())
+    assert seen == [whole // 2] and carried(tiny_model) == 0  # two layers
+
+
 def test_a_backbone_in_use_is_refused(tiny_model):
     injected = inject(tiny_model, random_lora(tiny_model))
     with attached(injected), pytest.raises(LoRAError, match="already carries"), attached(injected):
