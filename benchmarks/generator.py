@@ -20,6 +20,7 @@ from ..hywu_core.config import GeneratorConfig
 from ..hywu_core.generator import blocks
 from ..hywu_core.generator.model import ParameterGenerator
 from ..hywu_core.training.recipe import GeneratorSizes, Sizes, generator_config
+from .load import memory
 from .record import record
 
 SIZES = Sizes(hidden=256, layers=32, heads=8, kv_heads=4, head_dim=32, experts=16, top_k=8, expert_width=192, shared=1)
@@ -31,8 +32,7 @@ def peak(device: torch.device) -> int:
     """Bytes at the highest point since ``forget``."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    return memory("VmHWM")
 
 
 def forget(device: torch.device) -> None:

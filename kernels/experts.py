@@ -6,11 +6,10 @@ the way, and where the down projection's B side lies behind its columns the seco
 """
 
 import torch
-from torch.nn import functional as F
 
 from .grouped_gemm import grouped_gemm
 from .padding import beside
-from .reference import Adapter
+from .reference import Adapter, swiglu
 from .routing import combine, route
 from .swiglu_lora import swiglu_lora
 
@@ -41,7 +40,7 @@ def expert_mlp(
     ends_E, inner = routes.ends_E, down_EDF.shape[2]
     # No tensor of all pairs keeps a name for longer than it is needed.
     if up is None:
-        hidden_PF = _swiglu(grouped_gemm(x_TD[routes.token_P], gate_and_up_EFD, ends_E))
+        hidden_PF = swiglu(grouped_gemm(x_TD[routes.token_P], gate_and_up_EFD, ends_E))
         return combine(grouped_gemm(hidden_PF, down_EDF, ends_E), routes, weight_TK)
     up, gate, down = up.folded(), gate.folded(), down.folded()
     hidden_PH = swiglu_lora(
@@ -53,11 +52,6 @@ def expert_mlp(
         y_PD += grouped_gemm(hidden_PH[:, inner:], down.b, ends_E)
     del hidden_PH
     return combine(y_PD, routes, weight_TK)
-
-
-def _swiglu(first_PG: torch.Tensor) -> torch.Tensor:
-    up_PF, gate_PF = first_PG.chunk(2, dim=1)
-    return up_PF * F.silu(gate_PF)
 
 
 def _columns(x_PD: torch.Tensor, weights: tuple[torch.Tensor, ...], ends_E: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,11 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
+from .choice import triton_or
+from .padding import ALIGNMENT, aligned
+
 log = logging.getLogger("hywu")
 GroupedGemm = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-ALIGNMENT = 16  # bytes that the library wants strides to be multiples of
 
 
 def grouped_gemm(x_PI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -20,13 +22,12 @@ def grouped_gemm(x_PI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Ten
 
     The inner stride of both is 1; rows may be views of something wider.
     """
-    aligned = _aligned(x_PI) and _aligned(weight_EOI)
-    return chosen(x_PI.device, x_PI.dtype, aligned)(x_PI, weight_EOI, ends_E)
+    both = _aligned(x_PI) and _aligned(weight_EOI)
+    return chosen(x_PI.device, x_PI.dtype, both)(x_PI, weight_EOI, ends_E)
 
 
 def _aligned(x: torch.Tensor) -> bool:
-    step = ALIGNMENT // x.element_size()
-    return x.data_ptr() % ALIGNMENT == 0 and all(stride % step == 0 for stride in x.stride()[:-1])
+    return x.data_ptr() % ALIGNMENT == 0 and all(stride == aligned(stride, x.dtype) for stride in x.stride()[:-1])
 
 
 def library(x_PI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -> torch.Tensor:
@@ -46,20 +47,13 @@ def looped(x_PI: torch.Tensor, weight_EOI: torch.Tensor, ends_E: torch.Tensor) -
 
 
 @functools.cache
-def chosen(device: torch.device, dtype: torch.dtype, aligned: bool) -> GroupedGemm:
-    """What this device does grouped products with; ``aligned``: strides are multiples of 16 bytes."""
-    function, name = looped, "a loop"
-    if aligned and _library_works(device, dtype):
+def chosen(device: torch.device, dtype: torch.dtype, in_line: bool) -> GroupedGemm:
+    """What this device does grouped products with; ``in_line``: strides are multiples of 16 bytes."""
+    if in_line and _library_works(device, dtype):
         function, name = library, "the library"
-    elif device.type == "cuda":
-        try:
-            from . import grouped_gemm_triton
-        except ImportError:
-            name = "a loop (Triton is not installed: it is faster)"
-        else:
-            if grouped_gemm_triton.works(device, dtype):
-                function, name = grouped_gemm_triton.grouped_gemm, "Triton"
-    log.info("HY-WU: grouped products of %s rows on %s in %s by %s", "aligned" if aligned else "other", device, dtype, name)
+    else:
+        function, name = triton_or(looped, "a loop", "grouped_gemm_triton", device, dtype)
+    log.info("HY-WU: grouped products of %s rows on %s in %s by %s", "aligned" if in_line else "other", device, dtype, name)
     return function
 
 

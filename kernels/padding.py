@@ -6,16 +6,21 @@ and again for one of a larger rank; its values are never written to. Without a L
 
 import torch
 
-ALIGNMENT = 16  # bytes
+ALIGNMENT = 16  # bytes that the library's grouped GEMM wants strides to be multiples of
+
+
+def aligned(count: int, dtype: torch.dtype) -> int:
+    """``count`` values or a few more, so many that the next row is aligned."""
+    step = max(1, ALIGNMENT // dtype.itemsize)
+    return -(-count // step) * step
 
 
 def with_room(weight: torch.Tensor, dim: int, room: int) -> torch.Tensor:
     """A buffer like ``weight`` with at least ``room`` more along ``dim``, the weight copied to its begin; rows stay aligned."""
-    step = max(1, ALIGNMENT // weight.element_size())
     shape = list(weight.shape)
     shape[dim] += room
     if dim == weight.ndim - 1:
-        shape[dim] = -(-shape[dim] // step) * step
+        shape[dim] = aligned(shape[dim], weight.dtype)
     buffer = weight.new_empty(shape)
     buffer.narrow(dim, 0, weight.shape[dim]).copy_(weight)
     return buffer

@@ -50,6 +50,12 @@ def adapted_linear_rows(x_BLI: torch.Tensor, weight_OI: torch.Tensor, adapter: A
     return y_BLO + adapter.scaled(x_BLI @ adapter.a.mT) @ adapter.b.mT
 
 
+def swiglu(x: torch.Tensor) -> torch.Tensor:
+    """The first half of the last axis times the SiLU of the second: (..., 2F) to (..., F)."""
+    up, gate = x.chunk(2, dim=-1)
+    return up * F.silu(gate)
+
+
 def expert_mlp(
     x_TD: torch.Tensor,
     gate_and_up_EFD: torch.Tensor,

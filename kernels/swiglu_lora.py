@@ -11,7 +11,9 @@ from collections.abc import Callable
 import torch
 from torch.nn import functional as F
 
-from .grouped_gemm import ALIGNMENT, grouped_gemm
+from .choice import triton_or
+from .grouped_gemm import grouped_gemm
+from .padding import aligned
 from .reference import Adapter
 
 log = logging.getLogger("hywu")
@@ -25,37 +27,27 @@ def swiglu_lora(first_PG: torch.Tensor, up: Adapter, gate: Adapter, down: Adapte
     it; down: only ``a`` (E, R, F).
     """
     experts, rank, inner = down.a.shape
-    step = ALIGNMENT // first_PG.element_size()
-    row = -(-(inner + rank) // step) * step
-    out_PH = first_PG.new_empty(len(first_PG), row)[:, : inner + rank]
+    out_PH = first_PG.new_empty(len(first_PG), aligned(inner + rank, first_PG.dtype))[:, : inner + rank]
     function = composed if rank > MOST_RANKS else chosen(first_PG.device, first_PG.dtype)
-    function(first_PG, up, gate, down, ends_E, out_PH)
-    return out_PH
+    return function(first_PG, up, gate, down, ends_E, out_PH)
 
 
 def composed(
     first_PG: torch.Tensor, up: Adapter, gate: Adapter, down: Adapter, ends_E: torch.Tensor, out_PH: torch.Tensor
-) -> None:
-    """In plain torch."""
+) -> torch.Tensor:
+    """In plain torch, into ``out_PH``."""
     rank, inner = down.a.shape[1:]
     up_PF, gate_PF, u3_PR, u1_PR = first_PG.split((inner, inner, rank, rank), dim=1)
     up_PF += grouped_gemm(u3_PR, up.b, ends_E)
     gate_PF += grouped_gemm(u1_PR, gate.b, ends_E)
     torch.mul(up_PF, F.silu(gate_PF), out=out_PH[:, :inner])
     out_PH[:, inner:] = grouped_gemm(out_PH[:, :inner], down.a, ends_E)
+    return out_PH
 
 
 @functools.cache
 def chosen(device: torch.device, dtype: torch.dtype) -> Callable[..., None]:
     """What this device does it with."""
-    function, name = composed, "torch"
-    if device.type == "cuda":
-        try:
-            from . import swiglu_lora_triton
-        except ImportError:
-            name = "torch (Triton is not installed: it is faster)"
-        else:
-            if swiglu_lora_triton.works(device, dtype):
-                function, name = swiglu_lora_triton.fused, "Triton"
+    function, name = triton_or(composed, "torch", "swiglu_lora_triton", device, dtype)
     log.info("HY-WU: the experts' LoRA on %s in %s by %s", device, dtype, name)
     return function

@@ -3,21 +3,20 @@
 import torch
 import triton
 import triton.language as tl
-from triton.errors import TritonError
 
 from .reference import Adapter
-from .tiles import expert_of_tile
+from .tiles import attempt, expert_of_tile
 
 BLOCK_P, BLOCK_F = 64, 64
 
 
-def fused(
+def kernel(
     first_PG: torch.Tensor, up: Adapter, gate: Adapter, down: Adapter, ends_E: torch.Tensor, out_PH: torch.Tensor
-) -> None:
+) -> torch.Tensor:
     """As ``swiglu_lora.composed``, for ranks up to 64; leaves ``first_PG`` as it was. The last axis of a and b has stride 1."""
     pairs, (experts, rank, inner) = len(first_PG), down.a.shape
     if not pairs:
-        return
+        return out_PH
     # tl.dot wants at least 16 along every side.
     ranks = max(16, triton.next_power_of_2(rank))
     with torch.cuda.device_of(first_PG):
@@ -25,6 +24,7 @@ def fused(
             first_PG, up.b, gate.b, down.a, ends_E, out_PH, inner, rank, first_PG.stride(0), out_PH.stride(0), up.b.stride(0),
             up.b.stride(1), gate.b.stride(0), gate.b.stride(1), down.a.stride(0), down.a.stride(1), EXPERTS=experts,
             EXPERTS_UP=triton.next_power_of_2(experts), RANKS=ranks, BLOCK_P=BLOCK_P, BLOCK_F=BLOCK_F)
+    return out_PH
 
 
 def works(device: torch.device, dtype: torch.dtype) -> bool:
@@ -32,14 +32,9 @@ def works(device: torch.device, dtype: torch.dtype) -> bool:
     ones = Adapter(torch.ones(1, 16, 32, device=device, dtype=dtype), torch.ones(1, 32, 16, device=device, dtype=dtype), None)
     # Two rows: up 1 + 16, gate 32 + 0, which is large enough to be its own SiLU.
     first = torch.tensor([1] * 32 + [32] * 32 + [1] * 16 + [0] * 16, device=device, dtype=dtype).repeat(2, 1)
-    out = first.new_empty(2, 48)
-    try:
-        fused(first, ones, ones, ones, torch.tensor([2], dtype=torch.int32, device=device), out)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TritonError):
-        return False
-    return bool((out[:, :32] == 17 * 32).all() and (out[:, 32:] == 17 * 32 * 32).all())
+    ends = torch.tensor([2], dtype=torch.int32, device=device)
+    out = attempt(kernel, first, ones, ones, ones, ends, first.new_empty(2, 48))
+    return out is not None and bool((out[:, :32] == 17 * 32).all() and (out[:, 32:] == 17 * 32 * 32).all())
 
 
 @triton.jit

@@ -1,7 +1,21 @@
-"""Which expert's rows a tile holds: shared by the Triton kernels that walk over pairs sorted by expert."""
+"""What the Triton kernels that walk over pairs sorted by expert share: whose rows a tile holds, and trying a kernel out."""
 
+from collections.abc import Callable
+
+import torch
 import triton
 import triton.language as tl
+from triton.errors import TritonError
+
+
+def attempt(kernel: Callable[..., torch.Tensor], *arguments) -> torch.Tensor | None:
+    """What a small case gives, None if it cannot be compiled or launched: for want of a C compiler, of shared memory, ..."""
+    try:
+        return kernel(*arguments)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TritonError):
+        return None
 
 
 @triton.jit

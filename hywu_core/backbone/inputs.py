@@ -11,7 +11,6 @@ import torch
 from ..text.template import Sequence
 from . import rope
 from .mask import CanvasSight, attention_mask
-from .mask import canvas_sight as mask_of_canvas
 from .model import Backbone
 from .pictures import EncodedPicture
 from .stage import Rope
@@ -74,7 +73,7 @@ def _table(backbone: Backbone, yx_L2: torch.Tensor) -> Rope:
 def canvas_sight(backbone: Backbone, sequence: Sequence) -> CanvasSight:
     """Who sees what when the canvas is computed alone, against the cache."""
     start, stop = sequence.later_slice
-    return mask_of_canvas(start, (sequence.gen.start, stop)).to(backbone.device)
+    return CanvasSight.of(start, (sequence.gen.start, stop)).to(backbone.device)
 
 
 def mask(backbone: Backbone, sequence: Sequence, rows: torch.Tensor | None = None) -> torch.Tensor:

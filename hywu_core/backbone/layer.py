@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ...kernels.reference import swiglu
 from ..config import BackboneConfig
 from .adapted import AdaptedLinear, Experts
 from .cache import KVCache
@@ -14,8 +15,14 @@ from .mask import CanvasSight
 from .rope import rotate
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) in fp32, rounded to the dtype of x, times the weight, which may broadcast."""
+    # Without its weight argument, because the reference rounds before it multiplies by the weight.
+    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+
+
 class RMSNorm(nn.Module):
-    """x / rms(x) in fp32, rounded to the dtype of x, times the weight. The weight generator's norm too, with another eps."""
+    """``rms_norm`` with a weight of its own. The weight generator's norm too, with another eps."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -23,8 +30,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # Without its weight argument, because the reference rounds before it multiplies by the weight.
-        return F.rms_norm(x, x.shape[-1:], eps=self.eps) * self.weight
+        return rms_norm(x, self.weight, self.eps)
 
 
 class Attention(nn.Module):
@@ -57,7 +63,7 @@ class Attention(nn.Module):
         # Queries and key of every group at once: rotated, then normalised, each with its own weight.
         turned = rotate(heads[..., :-1, :], *(part_LQ[:, None, None] for part_LQ in rope))
         weight = torch.cat((self.query_layernorm.weight.expand(self.group, -1), self.key_layernorm.weight.unsqueeze(0)))
-        turned = F.rms_norm(turned, turned.shape[-1:], eps=self.query_layernorm.eps) * weight
+        turned = rms_norm(turned, weight, self.query_layernorm.eps)
         q_BHLQ = turned[..., :-1, :].flatten(2, 3).transpose(1, 2)
         k_BHLQ, v_BHLQ = turned[..., -1, :].transpose(1, 2), heads[..., -1, :].transpose(1, 2)
         if cache is not None:
@@ -82,7 +88,7 @@ def attend(
 
 
 class MLP(nn.Module):
-    """SwiGLU: the first half of gate_and_up_proj is multiplied by the SiLU of the second."""
+    """Gate and up, SwiGLU, down."""
 
     def __init__(self, width: int, inner: int):
         super().__init__()
@@ -90,8 +96,7 @@ class MLP(nn.Module):
         self.down_proj = AdaptedLinear(inner, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        up, gate = self.gate_and_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(up * F.silu(gate))
+        return self.down_proj(swiglu(self.gate_and_up_proj(x)))
 
 
 class Router(nn.Module):

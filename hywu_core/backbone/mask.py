@@ -14,14 +14,14 @@ class CanvasSight(NamedTuple):
     causal_SK: torch.Tensor
     keys: int
 
+    @classmethod
+    def of(cls, start: int, picture: tuple[int, int]) -> "CanvasSight":
+        """Of a canvas that begins with its special tokens at ``start`` and ends with its picture, a half-open span."""
+        special, seen = picture[0] - start, picture[0]
+        return cls(torch.ones(special, seen, dtype=torch.bool).tril(start), picture[1])
+
     def to(self, device: torch.device) -> "CanvasSight":
         return self._replace(causal_SK=self.causal_SK.to(device))
-
-
-def canvas_sight(start: int, picture: tuple[int, int]) -> CanvasSight:
-    """Of a canvas that begins with its special tokens at ``start`` and ends with its picture, a half-open span."""
-    special, seen = picture[0] - start, picture[0]
-    return CanvasSight(torch.ones(special, seen, dtype=torch.bool).tril(start), picture[1])
 
 
 def attention_mask(length: int, full_spans: Sequence[tuple[int, int]], rows: torch.Tensor | None = None) -> torch.Tensor:

@@ -59,12 +59,10 @@ class TokenTransformer(nn.Module):
         if torch.is_grad_enabled():
             return self._project(x_BNWG)
         # A layer at a time into its place: at the published sizes the tokens and the result are 1.45 GB each.
-        raw_BNPRC = None
-        for layer in range(x_BNWG.shape[1]):
-            piece = self._project(x_BNWG[:, layer : layer + 1])
-            if raw_BNPRC is None:
-                raw_BNPRC = piece.new_empty(piece.shape[0], x_BNWG.shape[1], *piece.shape[2:])
-            raw_BNPRC[:, layer : layer + 1] = piece
+        rows, layers = x_BNWG.shape[:2]
+        raw_BNPRC = x_BNWG.new_empty(rows, layers, self.layout.num_tokens, self.layout.rank, self.config.output_dim)
+        for layer in range(layers):
+            raw_BNPRC[:, layer : layer + 1] = self._project(x_BNWG[:, layer : layer + 1])
         return raw_BNPRC
 
     def position_tokens(self) -> torch.Tensor:

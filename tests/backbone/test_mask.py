@@ -2,7 +2,7 @@
 
 import torch
 from comfyui_hywu.hywu_core.backbone.layer import attend
-from comfyui_hywu.hywu_core.backbone.mask import attention_mask, canvas_sight
+from comfyui_hywu.hywu_core.backbone.mask import CanvasSight, attention_mask
 
 
 def test_causal_with_a_full_span():
@@ -26,5 +26,5 @@ def test_a_canvas_without_a_mask_sees_what_the_mask_says():
     q, k, v = (torch.randn(2, heads, tokens, 8, generator=random) for heads, tokens in ((4, 6), (2, 14), (2, 14)))
     v[:, :, 12:] = 1e6
     want = attend(q, k, v, attention_mask(14, [(1, 5), (8, 12)], torch.arange(6, 12)))
-    torch.testing.assert_close(attend(q, k, v, canvas_sight(6, (8, 12))), want)
-    assert torch.equal(canvas_sight(6, (8, 12)).causal_SK, attention_mask(14, [], torch.arange(6, 8))[:, :8])
+    torch.testing.assert_close(attend(q, k, v, CanvasSight.of(6, (8, 12))), want)
+    assert torch.equal(CanvasSight.of(6, (8, 12)).causal_SK, attention_mask(14, [], torch.arange(6, 8))[:, :8])

@@ -3,9 +3,12 @@
 Triton's kernels run in its interpreter where there is no GPU; bf16 is left out there, because its ``tl.dot`` is wrong in it.
 """
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
-from comfyui_hywu.kernels import experts, grouped_gemm, linear, reference, swiglu_lora
+from comfyui_hywu.kernels import choice, experts, grouped_gemm, linear, reference, swiglu_lora
 from comfyui_hywu.kernels.padding import beside, with_room
 from comfyui_hywu.kernels.reference import Adapter
 from comfyui_hywu.kernels.routing import combine, route
@@ -31,7 +34,7 @@ COUNTS = {
 
 
 def gemm_of(name):
-    return grouped_gemm_triton.grouped_gemm if name == "triton" else {
+    return grouped_gemm_triton.kernel if name == "triton" else {
         "library": grouped_gemm.library, "loop": grouped_gemm.looped}[name]
 
 
@@ -59,6 +62,27 @@ def poison(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
 
 
+def test_triton_where_it_works_and_its_twin_elsewhere(monkeypatch):
+    def kernel():
+        raise AssertionError("only chosen")
+
+    def chosen(device, works=True):
+        module = SimpleNamespace(kernel=kernel, works=lambda device, dtype: works)
+        monkeypatch.setitem(sys.modules, "comfyui_hywu.kernels.made_up", module)
+        return choice.triton_or(print, "print", "made_up", torch.device(device), torch.float32)
+
+    assert chosen("cuda") == (kernel, "Triton")
+    assert chosen("cuda", works=False) == chosen("cpu") == (print, "print")
+    function, name = choice.triton_or(print, "print", "not_there", torch.device("cuda"), torch.float32)
+    assert function is print and "not installed" in name
+
+
+@NEEDS_TRITON
+def test_the_triton_kernels_try_themselves_out():
+    device = torch.device(DEVICE)
+    assert grouped_gemm_triton.works(device, torch.float32) and swiglu_lora_triton.works(device, torch.float32)
+
+
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS)
 @pytest.mark.parametrize("gemm", GEMMS)
 @pytest.mark.parametrize("inner, out", ((32, 48), (44, 132), (4, 8)))
@@ -84,7 +108,7 @@ def test_grouped_products_of_views(gemm):
 def test_half_precision_in_triton():
     x, weight = random(70, 64, dtype=torch.float16), random(2, 80, 64, seed=1, dtype=torch.float16)
     want = grouped_gemm.looped(x.double(), weight.double(), ends_of((1, 69)))
-    close(grouped_gemm_triton.grouped_gemm(x, weight, ends_of((1, 69))), want, 1e-3)
+    close(grouped_gemm_triton.kernel(x, weight, ends_of((1, 69))), want, 1e-3)
 
 
 @pytest.mark.parametrize("inner", (3, 5, 30), ids=str)
@@ -98,7 +122,7 @@ def test_what_the_library_refuses_is_done_all_the_same(inner):
 @pytest.mark.parametrize("triton", WITH_TRITON)
 @pytest.mark.parametrize("inner, rank", ((48, 8), (70, 16), (96, 3)))
 def test_between_the_products(poison, monkeypatch, triton, counts, inner, rank):
-    fused = swiglu_lora_triton.fused if triton else swiglu_lora.composed
+    fused = swiglu_lora_triton.kernel if triton else swiglu_lora.composed
     monkeypatch.setattr(swiglu_lora, "chosen", lambda device, dtype: fused)
     number = len(counts)
     up, gate, down = (
@@ -152,8 +176,8 @@ def with_loras(beside_weights: bool):
 @pytest.mark.parametrize("triton", WITH_TRITON)
 def test_experts_equal_a_slow_loop(poison, monkeypatch, name, lora, triton):
     if triton:
-        monkeypatch.setattr(grouped_gemm, "chosen", lambda device, dtype, aligned: grouped_gemm_triton.grouped_gemm)
-        monkeypatch.setattr(swiglu_lora, "chosen", lambda device, dtype: swiglu_lora_triton.fused)
+        monkeypatch.setattr(grouped_gemm, "chosen", lambda device, dtype, in_line: grouped_gemm_triton.kernel)
+        monkeypatch.setattr(swiglu_lora, "chosen", lambda device, dtype: swiglu_lora_triton.kernel)
     expert = ROUTINGS[name].to(DEVICE)
     gate_and_up, down, loras = with_loras(lora == "beside")
     loras = loras if lora != "none" else [None] * 3
