@@ -20,7 +20,7 @@ import torch
 
 from ..hywu_core.cli import BUNDLED, Terminal
 from ..hywu_core.config import GeneratorConfig
-from ..hywu_core.generator.model import GeneratorHandle, load_generator
+from ..hywu_core.generator.handle import GeneratorHandle, load_generator
 from ..hywu_core.handle import ModelHandle, load_model
 from ..hywu_core.training import baselines, evaluate
 from ..hywu_core.training.edits import EDITS

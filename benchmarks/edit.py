@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..hywu_core.condition import encode
 from ..hywu_core.edit import decode
-from ..hywu_core.generator.model import load_generator, write_lora
+from ..hywu_core.generator.handle import load_generator, write_lora
 from ..hywu_core.handle import load_model
 from ..hywu_core.lora.attach import inject
 from ..hywu_core.sampling.denoise import sample

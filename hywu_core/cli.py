@@ -1,4 +1,4 @@
-"""``hywu``: edit a photo, think aloud, look into a checkpoint or LoRA, or train a small checkpoint, from a terminal.
+"""``hywu``: edit a photo, think aloud, look into a checkpoint or LoRA, make a checkpoint smaller or train one, from a terminal.
 
 Owns arguments, progress on a terminal and exit codes: 0 done, 1 refused (one line says why and what to do), 2 wrong arguments,
 130 interrupted. The work itself is ``edit.py``'s and ``describe.py``'s.
@@ -13,13 +13,15 @@ from pathlib import Path
 from .errors import HYWUError, RequestError
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "hywu-mini"
-COMMANDS = ("edit", "think", "inspect", "train")
+PLANNED_THINKING = 1000  # tokens; what the published pipeline's texts have
+COMMANDS = ("edit", "think", "inspect", "plan", "convert", "train")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parsers = {"edit": _edit_parser, "think": _think_parser, "inspect": _inspect_parser, "train": _train_parser}
+    parsers = {"edit": _edit_parser, "think": _think_parser, "inspect": _inspect_parser, "plan": _plan_parser,
+               "convert": _convert_parser, "train": _train_parser}
     if not arguments or arguments[0] not in parsers:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
         print(f"usage: hywu {{{','.join(COMMANDS)}}} ...   (hywu COMMAND --help says more)",
@@ -69,9 +71,10 @@ class Terminal:
 
 def _model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", type=Path, default=BUNDLED / "backbone", help="backbone folder (default: the bundled one)")
-    parser.add_argument("--device", default="cpu", help="torch device of the weights (default: cpu)")
+    parser.add_argument("--device", default="auto", help="auto: spread over GPUs and memory by a plan, as `hywu plan` does, "
+                                                         "or a torch device for everything (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
-                        help="what to keep and compute weights in (default: float32 on the CPU, else the checkpoint's)")
+                        help="what to compute in (default: float32 on the CPU, else the checkpoint's)")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -103,19 +106,22 @@ def _edit(options: argparse.Namespace) -> None:
                                "leave one of them out")
         _check_place(options.save_lora)
     from .edit import edit
-    from .generator.model import load_generator
+    from .generator.handle import load_generator
     from .lora.attach import inject
     from .lora.files import load_lora, save_lora
     from .vision.pictures import load_picture
 
     pictures = [load_picture(path) for path in options.pictures]
-    model = _load_model(options)
+    model, plan = _load_model(options, None if options.lora or options.no_lora else options.generator)
     generator = None
     if options.lora:
         model = inject(model, load_lora(options.lora), options.strength)
     elif not options.no_lora:
+        where = {"device": options.device}
+        if plan is not None:
+            where = {"device": plan.generator.device, "mode": plan.generator.mode, "kept": plan.generator.kept}
         generator = load_generator(
-            options.generator, device=options.device, dtype=_dtype(options), on_tick=Terminal("generator"))
+            options.generator, dtype=_dtype(options) or (plan.dtype if plan else None), on_tick=Terminal("generator"), **where)
     stages: list[Terminal] = []
 
     def on_stage(name: str) -> Terminal:
@@ -155,7 +161,7 @@ def _think(options: argparse.Namespace) -> None:
     pictures = [load_picture(path) for path in options.pictures]
     terminal = Terminal("think")
     text = think(
-        _load_model(options), pictures, options.instruction, seed=options.seed, mode=options.mode,
+        _load_model(options)[0], pictures, options.instruction, seed=options.seed, mode=options.mode,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature, on_tick=terminal)
     terminal.close()
     print(text)
@@ -172,6 +178,71 @@ def _inspect(options: argparse.Namespace) -> None:
     from .describe import describe
 
     print(describe(options.path))
+
+
+def _plan_parser():
+    parser = argparse.ArgumentParser(
+        prog="hywu plan", description="What would lie where, how much memory each device would need and how long an edit "
+                                      "would take. Needs no weights, only a checkpoint's config.json: plan before downloading.")
+    parser.add_argument("checkpoint", type=Path, help="backbone folder, or its config.json alone")
+    parser.add_argument("--devices", help="a machine, e.g. 2x24+192ram, 4x80, 1x4090+64ram, 24,48, 24:12 (12 GiB free), "
+                                          "cpu+24ram (default: this one)")
+    parser.add_argument("--generator", type=Path, help="generator folder, or its config.json alone (default: plan without one)")
+    parser.add_argument("--format", default="auto", choices=("auto", "bf16", "fp8", "int8", "int4"),
+                        help="of the layers (default: auto)")
+    parser.add_argument("--streaming", default="disk", choices=("none", "ram", "disk"),
+                        help="how far away layers may wait for their turn (default: disk)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="what to compute in")
+    parser.add_argument("--size", default="1024x1024", help="HEIGHTxWIDTH or WIDTH:HEIGHT (default: 1024x1024)")
+    parser.add_argument("--pictures", type=int, default=1, help="source pictures (default: 1)")
+    parser.add_argument("--steps", type=int, help="denoise steps (default: the checkpoint's)")
+    parser.add_argument("--guidance", type=float, help="1 needs one row instead of two (default: the checkpoint's)")
+    parser.add_argument("--thinking", type=int, default=PLANNED_THINKING,
+                        help=f"tokens that it will think, 0 for none (default: {PLANNED_THINKING})")
+    return parser, _plan
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from .generator.sizes import generator_sizes
+    from .placement.devices import find_devices, parse_devices
+    from .placement.plan import plan
+    from .placement.table import describe
+    from .placement.wanted import request_for, sizes_for
+
+    devices = find_devices() if options.devices is None else parse_devices(options.devices)
+    generator = None if options.generator is None else generator_sizes(_generator_config(options.generator))
+    sizes = sizes_for(options.checkpoint, devices, None if options.dtype is None else _dtype(options))
+    request = request_for(options.checkpoint, sizes.config, size=options.size, pictures=options.pictures, steps=options.steps,
+                          guidance=options.guidance, thinking=options.thinking)
+    print(describe(plan(sizes, devices, request, format=options.format, generator=generator, streaming=options.streaming)))
+
+
+def _generator_config(path: Path):
+    from .config import GeneratorConfig
+    from .json_fields import read_json
+
+    return GeneratorConfig.from_folder(path) if path.is_dir() else GeneratorConfig.from_dict(read_json(path))
+
+
+def _convert_parser():
+    parser = argparse.ArgumentParser(
+        prog="hywu convert", description="Write a smaller copy of a backbone folder, its projections quantised. Run the same "
+                                         "line again to go on where a stopped run was.")
+    parser.add_argument("source", type=Path, help="published backbone folder")
+    parser.add_argument("target", type=Path, help="new folder")
+    parser.add_argument("--format", required=True, choices=("fp8", "int8", "int4"),
+                        help="fp8 and int8 halve bf16, int8 with a third of the error; int4 leaves 28 %%")
+    parser.add_argument("--device", default="cpu", help="torch device that quantises; a GPU is faster (default: cpu)")
+    return parser, _convert
+
+
+def _convert(options: argparse.Namespace) -> None:
+    from .checkpoint.convert import convert
+
+    manifest = convert(options.source, options.target, options.format, Terminal("convert"), device=options.device)
+    errors, size = manifest["weight_error"].values(), sum(file["bytes"] for file in manifest["files"].values())
+    print(f"{options.target}  {options.format}, {size / 1e9:.2f} GB, {len(errors)} weights quantised, relative error "
+          f"{sum(errors) / len(errors):.2%} on average, {max(errors):.2%} at most")
 
 
 def _train_parser():
@@ -202,10 +273,37 @@ def _train(options: argparse.Namespace) -> None:
     print(out)
 
 
-def _load_model(options: argparse.Namespace):
+def _load_model(options: argparse.Namespace, generator: Path | None = None):
+    """The backbone, and the plan that it was loaded by (None for a device that was asked for)."""
     from .handle import load_model
 
-    return load_model(options.model, device=options.device, dtype=_dtype(options), on_tick=Terminal("backbone"))
+    if options.device != "auto":
+        return load_model(options.model, device=options.device, dtype=_dtype(options), on_tick=Terminal("backbone")), None
+    from .config import BackboneConfig
+    from .generator.sizes import generator_sizes
+    from .placement.devices import find_devices
+    from .placement.plan import plan
+    from .placement.request import within_positions
+    from .placement.table import describe
+    from .placement.wanted import request_for, sizes_for
+
+    BackboneConfig.from_folder(options.model)  # a folder: planning would do with less
+    devices = find_devices()
+    sizes = sizes_for(options.model, devices, _dtype(options))
+    request = request_for(options.model, sizes.config, size=_planned_size(options), pictures=len(options.pictures),
+                          steps=getattr(options, "steps", None), guidance=getattr(options, "guidance", None),
+                          thinking=PLANNED_THINKING)
+    found = plan(sizes, devices, within_positions(sizes.config, request),
+                 generator=None if generator is None else generator_sizes(_generator_config(generator)))
+    if len(devices) > 1 or found.streamed:
+        print(describe(found), file=sys.stderr)
+    return load_model(options.model, plan=found, on_tick=Terminal("backbone")), found
+
+
+def _planned_size(options: argparse.Namespace) -> str:
+    """What to plan for: the size that is asked for, else a square, which no other shape of the table exceeds by much."""
+    size = getattr(options, "size", "auto")
+    return "1:1" if size.strip() == "auto" else size
 
 
 def _dtype(options: argparse.Namespace):
@@ -213,7 +311,7 @@ def _dtype(options: argparse.Namespace):
 
     if options.dtype:
         return getattr(torch, options.dtype)
-    return torch.float32 if options.device == "cpu" else None
+    return torch.float32 if getattr(options, "device", None) == "cpu" else None
 
 
 def _check_output(path: Path) -> None:

@@ -91,12 +91,13 @@ def encode_sources(
     on_tick(0, total, None)
     encoded = encode_pictures(model, sources, noise, total, on_tick)
     backbone = model.backbone
-    hidden_BLD = backbone.run(
-        inputs.embed(backbone, sequence, encoded),
-        inputs.rope_table(backbone, sequence),
-        inputs.mask(backbone, sequence),
-        on_layer=lambda layer: on_tick(len(sources) + layer + 1, total, None),
-    )
+    with backbone.at_work():
+        hidden_BLD = backbone.run(
+            inputs.embed(backbone, sequence, encoded),
+            inputs.rope_table(backbone, sequence),
+            inputs.mask(backbone, sequence),
+            on_layer=lambda layer: on_tick(len(sources) + layer + 1, total, None),
+        )
     # A base size whose table has fewer buckets than there are ratio tokens leaves the last tokens without a meaning.
     ratio_ids = list(model.tokenizer.ratio_ids)[: len(Buckets.of(model.config))]
     ratio_V = backbone.logits(hidden_BLD[:, -1:])[0, 0, ratio_ids]

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from .condition import Condition, encode
-from .generator.model import GeneratorHandle, write_lora
+from .generator.handle import GeneratorHandle, write_lora
 from .handle import ModelHandle
 from .lora.attach import check_strength, inject
 from .lora.value import LoRA
@@ -80,7 +80,8 @@ def edit(
 def decode(model: ModelHandle, latent_bchw: torch.Tensor) -> Image.Image:
     """A latent (1, c, h, w) on the diffusion scale as an 8-bit picture (spec section 9)."""
     vae = model.backbone.vae
-    pixels_bchw = vae.decode(vae.unscale(latent_bchw).to(vae.device, vae.dtype))
+    with model.backbone.present("vae") as device:
+        pixels_bchw = vae.decode(vae.unscale(latent_bchw).to(device, vae.dtype))
     bytes_hwc = ((pixels_bchw[0] / 2 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0)
     return Image.fromarray(bytes_hwc.cpu().numpy())
 

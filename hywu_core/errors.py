@@ -27,3 +27,7 @@ class LoRAError(HYWUError):
 
 class RequestError(HYWUError):
     """A sampling setting is out of range (steps, guidance, size, strength)."""
+
+
+class PlacementError(HYWUError):
+    """A request does not fit on the devices that there are, or the devices are described wrongly."""

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .backbone.model import Backbone
+from .backbone.model import Backbone, build_backbone
 from .checkpoint.fingerprint import backbone_fingerprint
-from .checkpoint.load import UNUSED_VISION_HEAD, load_weights
+from .checkpoint.load import usable_device
 from .checkpoint.shards import open_shards
 from .config import BackboneConfig, GenerationConfig, torch_dtype
 from .errors import RequestError
+from .placement.build import Placed, whole
+from .placement.plan import Plan
 from .progress import Tick, silent
 from .text.system_prompt import SystemPrompts, read_system_prompts
 from .text.tokenizer import Tokenizer
@@ -36,7 +38,7 @@ class InjectedLoRA:
 class ModelHandle:
     """A loaded backbone with its tokenizer and texts, and the LoRAs to attach while it denoises."""
 
-    backbone: Backbone = field(repr=False)
+    placed: Placed = field(repr=False)
     tokenizer: Tokenizer = field(repr=False)
     config: BackboneConfig
     generation: GenerationConfig
@@ -44,26 +46,22 @@ class ModelHandle:
     fingerprint: str
     loras: tuple[InjectedLoRA, ...] = ()
 
-
-def build_backbone(config: BackboneConfig, dtype: torch.dtype) -> Backbone:
-    """The module tree on ``meta``: names, shapes and final dtypes, no memory."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device("meta"):
-            return Backbone(config).eval()
-    finally:
-        torch.set_default_dtype(default)
+    @property
+    def backbone(self) -> Backbone:
+        return self.placed.backbone
 
 
 def load_model(
-    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, on_tick: Tick = silent
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, plan: Plan | None = None,
+    on_tick: Tick = silent,
 ) -> ModelHandle:
-    """Load a published backbone folder.
+    """Load a backbone folder: the published one, one that `hywu convert` made, or the native pack's files.
 
     Args:
         folder: config.json, generation_config.json, tokenizer.json, system_prompt.py and the weights.
-        dtype: what the weights are kept and computed in; None takes config.json's torch_dtype.
+        device: where everything goes that no plan puts elsewhere.
+        dtype: what weights are computed in; None takes the plan's or config.json's torch_dtype.
+        plan: where everything goes, of ``placement``; then ``device`` is not asked for.
         on_tick: called while weights are read, in MB.
 
     Raises:
@@ -72,14 +70,15 @@ def load_model(
     """
     folder = Path(folder)
     config = BackboneConfig.from_folder(folder)
-    dtype = dtype or torch_dtype(config.torch_dtype)
-    if dtype == torch.float16 and torch.device(device).type == "cpu":
+    dtype = dtype or (plan.dtype if plan else torch_dtype(config.torch_dtype))
+    plan = plan or whole(config, dtype, usable_device(device))
+    if dtype == torch.float16 and plan.home == "cpu":
         # torch convolves fp16 on CPUs without a fast kernel: a decode of 256 x 256 takes minutes instead of seconds.
         raise RequestError("float16 is far too slow on the CPU: choose float32, or bfloat16 for half the memory")
     generation = GenerationConfig.from_folder(folder, config)
     system_prompts = read_system_prompts(folder)
     tokenizer = Tokenizer.from_folder(folder, config)
     shards = open_shards(folder)
-    backbone = build_backbone(config, dtype)
-    load_weights(backbone, shards, skip=UNUSED_VISION_HEAD, device=device, on_tick=on_tick)
-    return ModelHandle(backbone, tokenizer, config, generation, system_prompts, backbone_fingerprint(shards))
+    placed = Placed(build_backbone(config, dtype), shards, plan)
+    placed.load(on_tick)
+    return ModelHandle(placed, tokenizer, config, generation, system_prompts, backbone_fingerprint(shards))

@@ -68,7 +68,8 @@ def think(
 
     encoded = encode_pictures(model, sources, posterior_noise(model.config.vae, sources, seed), budget, stay)
     continuation = Continuation(model, sequence, encoded, lambda layer: stay(0, budget, None))
-    tokens = reason(continuation, plan, sampling, seeded(seed), budget, on_tick)
+    with model.backbone.at_work():
+        tokens = reason(continuation, plan, sampling, seeded(seed), budget, on_tick)
     return reasoning_text(model.tokenizer, plan, tokens, model.generation.drop_think)
 
 
@@ -98,9 +99,8 @@ class Continuation:
                 inputs.embed(backbone, self._sequence, self._pictures), inputs.rope_table(backbone, self._sequence),
                 inputs.mask(backbone, self._sequence), self._caches, on_layer=self._on_layer)
         else:
-            position_L = torch.tensor([self._length])
-            token_BL = torch.tensor([[token]], device=backbone.device)
+            word_BLD, position_L = backbone.embed(torch.tensor([[token]])), torch.tensor([self._length])
             hidden_BLD = backbone.run(
-                backbone.model.wte(token_BL), inputs.text_rope(backbone, self._length), None, self._caches, position_L)
+                word_BLD, inputs.text_rope(backbone, self._length), None, self._caches, position_L)
             self._length += 1
         return backbone.logits(hidden_BLD[:, -1:])[:, 0]

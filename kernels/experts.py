@@ -27,15 +27,16 @@ def expert_mlp(
     up: Adapter | None = None,
     gate: Adapter | None = None,
     down: Adapter | None = None,
+    at_once: int = TOKENS_AT_ONCE,
 ) -> torch.Tensor:
     """``sum_k weight_k · down_k(up_k(x) · silu(gate_k(x)))``, (T, D); arguments as in ``reference.expert_mlp``.
 
-    A LoRA has all three adapters or none.
+    A LoRA has all three adapters or none. More than ``at_once`` tokens are done in pieces.
     """
-    if len(x_TD) > TOKENS_AT_ONCE:
-        parts = zip(*(each.split(TOKENS_AT_ONCE) for each in (x_TD, expert_TK, weight_TK)), strict=True)
+    if len(x_TD) > at_once:
+        parts = zip(*(each.split(at_once) for each in (x_TD, expert_TK, weight_TK)), strict=True)
         return torch.cat([
-            expert_mlp(x, gate_and_up_EFD, down_EDF, expert, weight, up, gate, down) for x, expert, weight in parts])
+            expert_mlp(x, gate_and_up_EFD, down_EDF, expert, weight, up, gate, down, at_once) for x, expert, weight in parts])
     routes = route(expert_TK, len(down_EDF))
     ends_E, inner = routes.ends_E, down_EDF.shape[2]
     # No tensor of all pairs keeps a name for longer than it is needed.

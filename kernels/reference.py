@@ -28,6 +28,10 @@ class Adapter(NamedTuple):
         """The scale multiplied into b, in fp32 and rounded once: what the fused kernels take, contiguous."""
         return self if self.scale is None else Adapter(self.a, (self.b * self.scale).to(self.b.dtype).contiguous(), None)
 
+    def to(self, device: torch.device) -> "Adapter":
+        scale = None if self.scale is None else self.scale.to(device)
+        return Adapter(self.a.to(device, non_blocking=True), self.b.to(device, non_blocking=True), scale)
+
     def scaled(self, u: torch.Tensor) -> torch.Tensor:
         """(..., R) products with a, times the scale in fp32, in their own dtype."""
         return u if self.scale is None else (u * self.scale).to(u.dtype)

@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..hywu_core.condition import encode
 from ..hywu_core.handle import ModelHandle
-from . import host, sockets
+from . import host, memory, sockets
 from .think import INSTRUCTION_TOOLTIP, SEED_MAX, SYSTEM_PROMPT_TOOLTIP, SYSTEM_PROMPTS
 
 
@@ -42,6 +42,6 @@ class HYWUConditionEncoder(io.ComfyNode):
         cls, model: ModelHandle, instruction: str, seed: int, fit: str, system_prompt: str, thinking: str = "",
         image_1: torch.Tensor | None = None, image_2: torch.Tensor | None = None, image_3: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(encode(
-            model, host.pictures(image_1, image_2, image_3), instruction, thinking, seed=seed, fit=fit,
-            system_prompt=system_prompt, on_tick=host.ticker()))
+        pictures = host.pictures(image_1, image_2, image_3)
+        return io.NodeOutput(memory.at_work(model, len(pictures), lambda: encode(
+            model, pictures, instruction, thinking, seed=seed, fit=fit, system_prompt=system_prompt, on_tick=host.ticker())))

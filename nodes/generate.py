@@ -3,8 +3,8 @@
 from comfy_api.latest import io
 
 from ..hywu_core.condition import Condition
-from ..hywu_core.generator.model import GeneratorHandle, write_lora
-from . import host, sockets
+from ..hywu_core.generator.handle import GeneratorHandle
+from . import memory, sockets
 
 
 class HYWUWeightGenerator(io.ComfyNode):
@@ -27,4 +27,4 @@ class HYWUWeightGenerator(io.ComfyNode):
 
     @classmethod
     def execute(cls, weight_generator: GeneratorHandle, condition: Condition) -> io.NodeOutput:
-        return io.NodeOutput(write_lora(weight_generator, condition, on_tick=host.ticker()))
+        return io.NodeOutput(memory.write(weight_generator, condition))

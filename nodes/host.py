@@ -1,28 +1,26 @@
-"""The ComfyUI side of things: model folders, devices, pictures, progress with cancel, and the VAE that ComfyUI's nodes take.
+"""The ComfyUI side of things: model folders, pictures, progress with cancel, and text in a node.
 
-The only file besides the nodes themselves that talks to ComfyUI's modules. Owns no maths of HY-WU.
+Owns no maths of HY-WU and no memory: that is ``plan.py``'s and ``memory.py``'s, the VAE socket ``vae.py``'s.
 """
 
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import comfy.model_management
-import comfy.model_patcher
-import comfy.sd
 import comfy.utils
 import folder_paths
 import numpy as np
 import torch
 from comfy_api.latest import io
+from comfy_execution.utils import get_executing_context
 from PIL import Image
 
 from ..hywu_core.condition import MAX_PICTURES
 from ..hywu_core.errors import CheckpointError, LoRAError, PictureError, RequestError
-from ..hywu_core.handle import ModelHandle
 from ..hywu_core.progress import Tick
 from ..hywu_core.vision.vae import VAE
 
@@ -110,21 +108,6 @@ def files_fingerprint(folder: Path) -> str:
     """Changes when a file of a checkpoint folder changes (size and time, as reading 160 GB for it would be absurd)."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
-
-
-def choose_device(folder: Path) -> torch.device:
-    """ComfyUI's device if the checkpoint fits into its free memory, else the CPU; the decision is logged."""
-    device = comfy.model_management.get_torch_device()
-    need = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    if device.type != "cpu":
-        comfy.model_management.free_memory(need * 1.1, device)
-        free = comfy.model_management.get_free_memory(device)
-        if free < need * 1.1:
-            logging.info("HY-WU: %s needs %.1f GB, %s has %.1f GB free: it stays on the CPU",
-                         folder.name, need / 1e9, device, free / 1e9)
-            device = torch.device("cpu")
-    logging.info("HY-WU: loading %s (%.2f GB) to %s", folder, need / 1e9, device)
-    return device
 
 
 # ---- saved LoRAs
@@ -234,6 +217,16 @@ def ticker(vae: VAE | None = None) -> Tick:
     return on_tick
 
 
+def say(text: str) -> None:
+    """To the log, and as text into the node that is running, where there is a server to show it."""
+    logging.info("HY-WU: %s", text)
+    # Not imported: without a server (a test, a script) ComfyUI's server module is never loaded.
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    context = get_executing_context()
+    if server is not None and context is not None:
+        server.send_progress_text(text, context.node_id)
+
+
 def preview_picture(vae: VAE, latent_bchw: torch.Tensor) -> Image.Image:
     """A small decode of a diffusion latent (1, c, h, w), shrunk first, so that it costs the same at any size."""
     height, width = latent_bchw.shape[-2:]
@@ -244,60 +237,3 @@ def preview_picture(vae: VAE, latent_bchw: torch.Tensor) -> Image.Image:
     with torch.no_grad():
         pixels_bchw = vae.decode(vae.unscale(latent_bchw.to(vae.device)))
     return _picture(torch.nan_to_num(pixels_bchw[0]).permute(1, 2, 0) / 2 + 0.5)
-
-
-# ---- the VAE socket
-
-
-class _FirstStage(torch.nn.Module):
-    """Gives the pack's VAE the two methods that ComfyUI's VAE class calls."""
-
-    def __init__(self, vae: VAE):
-        super().__init__()
-        self.vae = vae
-
-    def encode(self, pixels_bchw: torch.Tensor) -> torch.Tensor:
-        return self.vae.encode(pixels_bchw).mode()
-
-    def decode(self, z_bchw: torch.Tensor) -> torch.Tensor:
-        return self.vae.decode(z_bchw)
-
-
-class HostVAE(comfy.sd.VAE):
-    """The backbone's VAE as ComfyUI's VAE type: VAE Decode, VAE Decode (Tiled), VAE Encode and the rest work on it.
-
-    ComfyUI's own constructor builds networks from weights it recognises, which ours is not; so all attributes that its methods
-    use are set here. The weights are the backbone's own, not a copy.
-    """
-
-    def __init__(self, model: ModelHandle):
-        vae = model.backbone.vae
-        config = vae.config
-        # An estimate for ComfyUI's memory manager: at full size about six maps of the first width are alive, for every frame.
-        per_pixel = 6 * config.ffactor_temporal * config.block_out_channels[0]
-        cell = config.ffactor_spatial
-        self.memory_used_encode = lambda shape, dtype: (
-            per_pixel * shape[2] * shape[3] * comfy.model_management.dtype_size(dtype))
-        self.memory_used_decode = lambda shape, dtype: (
-            per_pixel * shape[2] * shape[3] * cell * cell * comfy.model_management.dtype_size(dtype))
-        self.downscale_ratio = self.upscale_ratio = cell
-        self.latent_channels = config.latent_channels
-        self.latent_dim = 2
-        self.output_channels = 3
-        self.process_input = lambda image: image * 2.0 - 1.0
-        self.process_output = lambda image: torch.clamp((image + 1.0) / 2.0, min=0.0, max=1.0)
-        self.working_dtypes = [vae.dtype]
-        self.disable_offload = False
-        self.not_video = False
-        self.size = None
-        self.downscale_index_formula = None
-        self.upscale_index_formula = None
-        self.extra_1d_channel = None
-        self.crop_input = True
-        self.first_stage_model = _FirstStage(vae).eval()
-        # It stays where the backbone keeps it: ComfyUI moving it away would break the next encoding.
-        self.device = vae.device
-        self.vae_dtype = vae.dtype
-        self.output_device = comfy.model_management.intermediate_device()
-        self.patcher = comfy.model_patcher.ModelPatcher(
-            self.first_stage_model, load_device=self.device, offload_device=self.device)

@@ -1,17 +1,25 @@
-"""Loading checkpoints: the backbone with its VAE, and the generator. Finding them on disk is ``host.py``'s."""
+"""Loading checkpoints: the backbone with its VAE, and the generator.
+
+Finding them on disk is ``host.py``'s, where they go ``plan.py``'s and ``memory.py``'s.
+"""
 
 import torch
 from comfy_api.latest import io
 
-from ..hywu_core.generator.model import load_generator
-from ..hywu_core.handle import load_model
-from . import host, sockets
+from ..hywu_core.placement.plan import AUTO
+from ..hywu_core.placement.sizes import FORMATS
+from . import host, memory, sockets
+from .vae import HostVAE
 
 DTYPES: dict[str, torch.dtype | None] = {
     "checkpoint": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 DTYPE_TOOLTIP = (
     "What the weights are kept and computed in. 'checkpoint' is what the checkpoint's config.json says; float32 doubles "
     "the memory of bfloat16 and is what a CPU without bfloat16 arithmetic should use.")
+FORMAT_TOOLTIP = (
+    "How the layers are stored. auto: as the files have them if they fit into GPUs and RAM, else the format with the fastest "
+    "edit. bf16: exact, 166 GB. fp8 or int8: half of that, pictures hardly change. int4: a third, small details change. "
+    "Packing takes time at every loading; a folder made by `hywu convert` saves it.")
 
 
 def _check(name: str, model_type: str, dtype: str) -> bool | str:
@@ -38,6 +46,9 @@ class HYWUModelLoader(io.ComfyNode):
                             "tokenizer.json, system_prompt.py and the *.safetensors of HunyuanImage-3.0-Instruct. "
                             "hywu-mini/backbone comes with the pack."),
                 io.Combo.Input("dtype", options=list(DTYPES), default="checkpoint", tooltip=DTYPE_TOOLTIP),
+                # Optional, because graphs that were saved before it was there must still run: ComfyUI refuses a graph whose
+                # required input is missing, whatever its default.
+                io.Combo.Input("format", options=[AUTO, *FORMATS], default=AUTO, optional=True, tooltip=FORMAT_TOOLTIP),
             ],
             outputs=[
                 sockets.Model.Output("model", display_name="model", tooltip="The backbone, without any LoRA."),
@@ -46,18 +57,19 @@ class HYWUModelLoader(io.ComfyNode):
         )
 
     @classmethod
-    def validate_inputs(cls, backbone: str, dtype: str) -> bool | str:
+    def validate_inputs(cls, backbone: str, dtype: str, format: str = AUTO) -> bool | str:
+        if format not in (AUTO, *FORMATS):
+            return f"format {format!r} is none of {AUTO}, {', '.join(FORMATS)}"
         return _check(backbone, host.BACKBONE, dtype)
 
     @classmethod
-    def fingerprint_inputs(cls, backbone: str, dtype: str) -> str:
+    def fingerprint_inputs(cls, backbone: str, dtype: str, format: str = AUTO) -> str:
         return host.files_fingerprint(host.checkpoint_folder(backbone))
 
     @classmethod
-    def execute(cls, backbone: str, dtype: str) -> io.NodeOutput:
-        folder = host.checkpoint_folder(backbone)
-        model = load_model(folder, device=host.choose_device(folder), dtype=DTYPES[dtype], on_tick=host.ticker())
-        return io.NodeOutput(model, host.HostVAE(model))
+    def execute(cls, backbone: str, dtype: str, format: str = AUTO) -> io.NodeOutput:
+        model = memory.load(host.checkpoint_folder(backbone), DTYPES[dtype], format)
+        return io.NodeOutput(model, HostVAE(model))
 
 
 class HYWUGeneratorLoader(io.ComfyNode):
@@ -91,6 +103,4 @@ class HYWUGeneratorLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, generator: str, dtype: str) -> io.NodeOutput:
-        folder = host.checkpoint_folder(generator)
-        return io.NodeOutput(
-            load_generator(folder, device=host.choose_device(folder), dtype=DTYPES[dtype], on_tick=host.ticker()))
+        return io.NodeOutput(memory.load_writer(host.checkpoint_folder(generator), DTYPES[dtype]))

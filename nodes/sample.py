@@ -5,7 +5,7 @@ from comfy_api.latest import io
 from ..hywu_core.condition import Condition
 from ..hywu_core.handle import ModelHandle
 from ..hywu_core.sampling.denoise import sample
-from . import host, sockets
+from . import host, memory, sockets
 from .think import SEED_MAX
 
 # width:height; the nearest of the model's own sizes is taken, whatever its resolution.
@@ -46,6 +46,8 @@ class HYImageSampler(io.ComfyNode):
         cls, model: ModelHandle, condition: Condition, steps: int, guidance: float, shift: float, seed: int, size: str,
     ) -> io.NodeOutput:
         vae = model.backbone.vae
-        latent_bchw = sample(
-            model, condition, steps=steps, guidance=guidance, shift=shift, seed=seed, size=size, on_tick=host.ticker(vae))
+        latent_bchw = memory.at_work(model, len(condition.pictures), lambda: sample(
+            model, condition, steps=steps, guidance=guidance, shift=shift, seed=seed, size=size,
+            # A VAE that is not there has no room in the plan while the backbone denoises: no previews then.
+            on_tick=host.ticker(vae if vae.device == model.backbone.device else None)))
         return io.NodeOutput({"samples": vae.unscale(latent_bchw.float()).cpu()})

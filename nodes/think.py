@@ -5,7 +5,7 @@ from comfy_api.latest import io
 
 from ..hywu_core.handle import ModelHandle
 from ..hywu_core.think import think
-from . import host, sockets
+from . import host, memory, sockets
 
 MODES = ["think_recaption", "think", "recaption"]
 # Names that the text part selects by (spec section 5); the texts lie in the checkpoint.
@@ -55,6 +55,7 @@ class HYWUThink(io.ComfyNode):
         top_p: float, system_prompt: str, image_1: torch.Tensor | None = None, image_2: torch.Tensor | None = None,
         image_3: torch.Tensor | None = None,
     ) -> io.NodeOutput:
-        return io.NodeOutput(think(
-            model, host.pictures(image_1, image_2, image_3), instruction, seed=seed, mode=mode, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_k=top_k, top_p=top_p, system_prompt=system_prompt, on_tick=host.ticker()))
+        pictures = host.pictures(image_1, image_2, image_3)
+        return io.NodeOutput(memory.at_work(model, len(pictures), lambda: think(
+            model, pictures, instruction, seed=seed, mode=mode, max_new_tokens=max_new_tokens, temperature=temperature,
+            top_k=top_k, top_p=top_p, system_prompt=system_prompt, on_tick=host.ticker())))

@@ -41,7 +41,7 @@ def tiny_model(tiny_folders):
 
 @pytest.fixture(scope="session")
 def tiny_generator(tiny_folders):
-    from comfyui_hywu.hywu_core.generator.model import load_generator
+    from comfyui_hywu.hywu_core.generator.handle import load_generator
 
     return load_generator(tiny_folders[1])
 

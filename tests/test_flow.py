@@ -9,7 +9,7 @@ from comfyui_hywu.hywu_core.backbone import inputs
 from comfyui_hywu.hywu_core.condition import encode
 from comfyui_hywu.hywu_core.edit import edit
 from comfyui_hywu.hywu_core.errors import LoRAError, PictureError, PromptError, RequestError
-from comfyui_hywu.hywu_core.generator.model import load_generator, write_lora
+from comfyui_hywu.hywu_core.generator.handle import load_generator, write_lora
 from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.lora.attach import inject
 from comfyui_hywu.hywu_core.sampling import denoise as denoise_module

@@ -4,6 +4,8 @@ A cache belongs to one stage and lies on its device. Denoise steps after the fir
 thinking appends one slot per token, and the buffers grow by doubling.
 """
 
+from copy import copy
+
 import torch
 
 
@@ -43,6 +45,13 @@ class KVCache:
         keys.index_copy_(2, positions_L, k_BHLQ.expand(len(keys), -1, -1, -1))
         values.index_copy_(2, positions_L, v_BHLQ.expand(len(values), -1, -1, -1))
         return keys[:rows, :, : self.length], values[:rows, :, : self.length]
+
+    def row(self, row: int) -> "KVCache":
+        """One row of the cache as a cache that shares its memory; for as long as this one does not grow."""
+        one = copy(self)
+        one._keys = [keys[row : row + 1] for keys in self._keys]
+        one._values = [values[row : row + 1] for values in self._values]
+        return one
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a layer's slots in use."""

@@ -23,7 +23,7 @@ def embed(backbone: Backbone, sequence: Sequence, pictures: Many[EncodedPicture]
 
     A picture's tokens are (L, D), the same for all rows, or (B, L, D) in training, where every row has pictures of its own.
     """
-    hidden_BLD = backbone.model.wte(sequence.ids_BL.to(backbone.device))
+    hidden_BLD = backbone.embed(sequence.ids_BL)
     for image in sequence.images:
         if image.kind == "vae":
             hidden_BLD[:, image.start : image.stop] = pictures[image.picture].vae_tokens_LD.to(hidden_BLD)

@@ -5,6 +5,7 @@ what it is used for lies in ``condition``, ``think`` and ``sampling``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -18,6 +19,7 @@ from .embedders import FinalLayer, NumberEmbedder, PatchEmbed
 from .layer import DecoderLayer, RMSNorm
 from .mask import CanvasSight
 from .stage import Rope, Stage
+from .waves import run_in_waves
 
 
 class Decoder(nn.Module):
@@ -52,12 +54,39 @@ class Backbone(nn.Module):
         self.vision_aligner = Aligner(config)
         self.vae = VAE(config.vae)
         self.stages: Sequence[Stage] = (Stage(self.model.layers, 0),)
+        self.waves = False
+        # Set by placement: where sequences begin, and the parts that live elsewhere and come for the time of their use.
+        self.home: torch.device | None = None
+        self.visits: dict[str, Callable[[], AbstractContextManager[torch.device]]] = {}
         self.requires_grad_(False)
 
     @property
     def device(self) -> torch.device:
-        """Where tokens are embedded and sequences begin."""
-        return self.model.wte.weight.device
+        """Where sequences begin and end, and pictures become tokens; words and logits may lie elsewhere."""
+        return self.home or self.time_embed.mlp[0].weight.device
+
+    def present(self, part: str) -> AbstractContextManager[torch.device]:
+        """Around the use of a part: the device on which it is meanwhile. Parts: "vae", "vision" (tower and aligner), "wte", and
+        "small" (embedders and final layer)."""
+        if part in self.visits:
+            return self.visits[part]()
+        module = {"vae": self.vae, "vision": self.vision_model, "wte": self.model.wte, "small": self.time_embed}[part]
+        return nullcontext(next(module.parameters()).device)
+
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Around a run of passes: what stages hold between two layers' turns is given back at the end, whatever happened."""
+        try:
+            with self.present("small"):
+                yield
+        finally:
+            for stage in self.stages:
+                stage.rest()
+
+    def embed(self, ids_BL: torch.Tensor) -> torch.Tensor:
+        """Token ids (B, L) on any device to their word embeddings (B, L, D) on the backbone's."""
+        with self.present("wte") as device:
+            return self.model.wte(ids_BL.to(device)).to(self.device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -80,20 +109,23 @@ class Backbone(nn.Module):
 
         mask: bool (L, keys), True = may attend; None = attend to all; a canvas's sight. With caches, ``positions_L`` (default
         0..L-1) says which slots x's keys and values take. on_layer is called after each layer and may raise to cancel.
+        With ``waves`` several rows go through several stages one behind the other (``waves.py``).
         """
-        if caches is not None and positions_L is None:
-            positions_L = torch.arange(hidden_BLD.shape[1])
-        for index, stage in enumerate(self.stages):
-            cache = None
-            if caches is not None:
-                cache = caches[index]
+        if caches is not None:
+            if positions_L is None:
+                positions_L = torch.arange(hidden_BLD.shape[1])
+            for cache in caches:
                 cache.reserve(int(positions_L[-1]) + 1)
+        if self.waves and len(self.stages) > 1 and len(hidden_BLD) > 1:
+            return run_in_waves(self.stages, hidden_BLD, rope, mask, caches, positions_L, on_layer).to(self.device)
+        for index, stage in enumerate(self.stages):
+            cache = None if caches is None else caches[index]
             hidden_BLD = stage.run(hidden_BLD, rope, mask, cache, positions_L, on_layer)
         return hidden_BLD.to(self.device)
 
     def logits(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Last-layer hidden states (B, L, D) to vocabulary logits (B, L, V), fp32."""
-        return self.lm_head(self.model.ln_f(hidden_BLD)).float()
+        return self.lm_head(self.model.ln_f(hidden_BLD.to(self.lm_head.weight.device))).float()
 
     def velocity(self, hidden_BLD: torch.Tensor, t_B: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
         """Last-layer hidden states of the picture's tokens (B, h·w, D) at time t to the velocity (B, c, h, w), fp32."""
@@ -104,3 +136,14 @@ class Backbone(nn.Module):
         for name, module in self.model.layers.named_modules():
             if isinstance(module, AdaptedLinear | Experts):
                 yield f"model.layers.{name}", module
+
+
+def build_backbone(config: BackboneConfig, dtype: torch.dtype) -> Backbone:
+    """The module tree on ``meta``: names, shapes and final dtypes, no memory."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device("meta"):
+            return Backbone(config).eval()
+    finally:
+        torch.set_default_dtype(default)

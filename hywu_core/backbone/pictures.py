@@ -37,19 +37,23 @@ def encode_picture(backbone: Backbone, source: SourcePicture, noise_bchw: torch.
 
     The latent is sampled, not the mode, as the backbone was trained (spec section 9).
     """
-    device, vae = backbone.device, backbone.vae
+    vae, home = backbone.vae, backbone.device
     pixels_bchw = source.pixels_chw.unsqueeze(0)
-    latent_bchw = vae.scale(vae.encode(pixels_bchw.to(vae.device, vae.dtype)).sample(noise_bchw)).float()
-    zero_B = torch.zeros(1, device=device)
-    vae_tokens_BLD = backbone.patch_embed(latent_bchw.to(device), backbone.time_embed(zero_B))
-    features = backbone.vision_model(
-        source.patches.unsqueeze(0).to(device, backbone.dtype), source.patch_mask.unsqueeze(0).to(device), [source.grid])
+    with backbone.present("vae") as device:
+        latent_bchw = vae.scale(vae.encode(pixels_bchw.to(device, vae.dtype)).sample(noise_bchw)).float()
+    latent_bchw = latent_bchw.to(home)
+    with backbone.present("small"):
+        vae_tokens_BLD = backbone.patch_embed(latent_bchw, backbone.time_embed(torch.zeros(1, device=home)))
+    with backbone.present("vision") as device:
+        features = backbone.vision_model(
+            source.patches.unsqueeze(0).to(device, backbone.dtype), source.patch_mask.unsqueeze(0).to(device), [source.grid])
+        vit_tokens_BLD = backbone.vision_aligner(features)
     return EncodedPicture(
         bucket=source.bucket,
         grid=source.grid,
         latent_chw=latent_bchw[0],
         vae_tokens_LD=vae_tokens_BLD[0],
-        vit_tokens_LD=backbone.vision_aligner(features)[0],
+        vit_tokens_LD=vit_tokens_BLD.to(home)[0],
         original_hw=source.original_hw,
         digest=source.digest,
     )

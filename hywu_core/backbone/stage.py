@@ -5,6 +5,7 @@ refers to its layers; the parameters are registered once, in the model.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -16,11 +17,17 @@ Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class Stage:
-    """Layers ``first`` .. ``first + len(layers)`` of the backbone."""
+    """Layers ``first`` .. ``first + len(layers)`` of the backbone.
+
+    ``present`` is entered around each layer, with its index in the stage and how many tokens it will run on: whoever placed the
+    weights elsewhere brings them there (``placement/streaming.py``). ``rest`` gives back what that takes until the next layer.
+    """
 
     def __init__(self, layers: Sequence[DecoderLayer], first: int):
         self.layers = list(layers)
         self.first = first
+        self.present: Callable[[int, int], AbstractContextManager] = lambda index, tokens: nullcontext()
+        self.rest: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:
@@ -51,7 +58,9 @@ class Stage:
         rope = (rope[0].to(device), rope[1].to(device))
         mask = None if mask is None else mask.to(device)
         positions_L = None if positions_L is None else positions_L.to(device)
+        tokens = hidden_BLD.shape[0] * hidden_BLD.shape[1]
         for index, layer in enumerate(self.layers):
-            hidden_BLD = layer(hidden_BLD, rope, mask, cache, index, positions_L)
+            with self.present(index, tokens):
+                hidden_BLD = layer(hidden_BLD, rope, mask, cache, index, positions_L)
             on_layer(self.first + index)
         return hidden_BLD

@@ -11,7 +11,7 @@ import ctypes
 import math
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from io import FileIO
 from itertools import groupby
 
@@ -28,9 +28,10 @@ UNUSED_VISION_HEAD = frozenset("vision_model.head." + name for name in (
     "probe", "attention.in_proj_weight", "attention.in_proj_bias", "attention.out_proj.weight", "attention.out_proj.bias",
     "layernorm.weight", "layernorm.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"))
 
-SAME_SIZE_INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16,
-                     torch.float32: torch.int32, torch.float64: torch.int64}
-FLOATS = tuple(SAME_SIZE_INTEGER)
+SAME_SIZE_INTEGER = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32,
+                     torch.float64: torch.int64, torch.float8_e4m3fn: torch.int8}
+FP8_NAN = 0x7F
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 BITSANDBYTES_SUFFIXES = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", ".SCB", ".weight_format")
 QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 # Read and checked piece by piece: small enough to be still in the cache when it is checked or converted.
@@ -59,11 +60,18 @@ def load_weights(module: nn.Module, shards: Shards, *, skip: frozenset[str] = fr
     """
     device = usable_device(device)
     refuse_foreign_formats(shards)
-    _check(slots(module), shards, skip)
-    _materialise(module, device)
-    places = slots(module)
-    wanted = [(name, entry) for name, entry in shards.entries.items() if name not in skip]
-    wanted.sort(key=lambda item: (item[1].file.name, item[1].offset))
+    check_names(slots(module), shards, skip)
+    materialise(module, device)
+    read_tensors(slots(module), shards, on_tick)
+
+
+def read_tensors(places: Mapping[str, Tensor], shards: Shards, on_tick: Tick = silent) -> None:
+    """Read the stored tensor of each name in ``places`` into its place, in the order of the files; dtypes are converted.
+
+    Places may lie on any device and have strided rows. on_tick as in ``load_weights``. Raises CheckpointError for a file that
+    is cut off, NaN or Inf.
+    """
+    wanted = sorted(((name, shards.entries[name]) for name in places), key=lambda item: (item[1].file.name, item[1].offset))
     total = sum(entry.nbytes for _, entry in wanted)
     bounce = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     done, ticked = 0, 0
@@ -94,22 +102,29 @@ def usable_device(name: torch.device | str) -> torch.device:
 
 
 def refuse_foreign_formats(shards: Shards) -> None:
-    """Raises CheckpointError for weights quantised by bitsandbytes, for ComfyUI, or by anybody else to eight bits."""
+    """Raises CheckpointError for weights that are packed, by bitsandbytes or in a format that ``packed.py`` takes apart."""
+    refuse_bitsandbytes(shards)
     for name in shards.entries:
         if name.endswith(".comfy_quant"):
-            raise CheckpointError(f"{shards.folder} is quantised for ComfyUI ('{name}'): that format is not supported; use "
-                                  f"the published bf16 folder")
-        if ".quant_state." in name or name.endswith(BITSANDBYTES_SUFFIXES):
-            raise CheckpointError(f"{shards.folder} is quantised by bitsandbytes ('{name}'): that format is not supported; use "
-                                  f"the published bf16 folder")
+            raise CheckpointError(f"{shards.folder} is quantised for ComfyUI ('{name}'): only the projections of a backbone's "
+                                  f"decoder layers may be, and not here; use the published bf16 folder")
     for name, entry in shards.entries.items():
         if entry.dtype in QUANTISED:
             raise CheckpointError(f"{entry.file}: '{name}' is stored as {_dtype(entry.dtype)}, expected one of "
-                                  f"{', '.join(map(_dtype, FLOATS))}: quantised weights are not supported; use the "
-                                  f"published bf16 folder")
+                                  f"{', '.join(map(_dtype, FLOATS))}: quantised weights are not supported without a "
+                                  f"'.comfy_quant' that describes them; use the published bf16 folder")
 
 
-def _check(places: dict[str, Tensor], shards: Shards, skip: frozenset[str]) -> None:
+def refuse_bitsandbytes(shards: Shards) -> None:
+    """Raises CheckpointError for weights quantised by bitsandbytes, whose format changes with its releases."""
+    for name in shards.entries:
+        if ".quant_state." in name or name.endswith(BITSANDBYTES_SUFFIXES):
+            raise CheckpointError(f"{shards.folder} is quantised by bitsandbytes ('{name}'): that format is not supported; use "
+                                  f"the published bf16 folder, make a smaller copy of it with `hywu convert`, or take the "
+                                  f"native HunyuanImage-3 pack's W4A8 or int8 file")
+
+
+def check_names(places: dict[str, Tensor], shards: Shards, skip: frozenset[str]) -> None:
     """Compare what the module has room for with what the files hold; one error for everything that does not match."""
     stored = {name: entry for name, entry in shards.entries.items() if name not in skip}
     shared = [(name, place, stored[name]) for name, place in places.items() if name in stored]
@@ -139,18 +154,22 @@ def _dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _materialise(module: nn.Module, device: torch.device) -> None:
+def materialise(module: nn.Module, device: torch.device | Callable[[str], torch.device | None]) -> None:
     """Give memory to every meta parameter and persistent buffer, in place; shared parameters stay shared.
 
+    device: one for all, or asked for each submodule by its path; None leaves it on meta.
     Not ``module.to_empty``: that would also wipe the buffers that modules computed themselves, and ``empty_like`` of a meta
     tensor imports 30 MB of Python.
     """
     made: dict[int, Tensor] = {}
     for path, part in module.named_modules():
+        where = device(path) if callable(device) else device
+        if where is None:
+            continue
         for name, parameter in part._parameters.items():
             if parameter is not None and parameter.is_meta:
                 if id(parameter) not in made:
-                    memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                    memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=where)
                     made[id(parameter)] = nn.Parameter(memory, requires_grad=False)
                 part._parameters[name] = made[id(parameter)]
         for name, buffer in part._buffers.items():
@@ -158,7 +177,7 @@ def _materialise(module: nn.Module, device: torch.device) -> None:
                 if name in part._non_persistent_buffers_set:
                     raise RuntimeError(f"buffer '{name}' of {path or 'the model'} ({type(part).__name__}) is on meta and in no "
                                        f"checkpoint: compute it outside the meta context")
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
 
 
 def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, bounce: Tensor) -> Iterator[int]:
@@ -166,18 +185,18 @@ def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, b
     handle.seek(entry.offset)
     itemsize = entry.dtype.itemsize
     on_cpu = place.device.type == "cpu"
-    for run in _runs(place.detach()):
-        direct = on_cpu and run.is_contiguous() and run.dtype == entry.dtype
-        for target in run.split(CHUNK_BYTES // itemsize):
-            chunk = target if direct else bounce[:target.numel() * itemsize].view(entry.dtype)
-            if on_cpu:
-                _prefault(target)
-            _read_into(handle, chunk, name, entry)
-            if not direct:
-                target.copy_(chunk)
-            # Checked as it is kept, not as it was stored: a sound bf16 value may be Inf in fp16.
-            _check_finite(target if on_cpu else chunk.to(place.dtype), name, entry)
-            yield chunk.nbytes
+    for target in _pieces(place.detach(), CHUNK_BYTES // itemsize):
+        direct = on_cpu and target.is_contiguous() and target.dtype == entry.dtype
+        chunk = target if direct else bounce[:target.numel() * itemsize].view(entry.dtype).view(target.shape)
+        if on_cpu:
+            _prefault(target)
+        _read_into(handle, chunk, name, entry)
+        if not direct:
+            target.copy_(chunk)
+        # Checked as it is kept, not as it was stored: a sound bf16 value may be Inf in fp16.
+        kept = chunk if entry.dtype == place.dtype else target if on_cpu else chunk.to(place.dtype)
+        _check_finite(kept, name, entry)
+        yield chunk.nbytes
 
 
 def _prefault(target: Tensor) -> None:
@@ -194,19 +213,20 @@ def _prefault(target: Tensor) -> None:
             _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(stop - first), MADV_POPULATE_WRITE)  # advice: may be refused
 
 
-def _runs(place: Tensor) -> Iterator[Tensor]:
-    """``place`` cut into 1-D tensors that follow each other in the file: one if it is contiguous, else one per row."""
+def _pieces(place: Tensor, most: int) -> Iterator[Tensor]:
+    """``place`` cut into tensors of at most ``most`` values that follow each other in the file: 1-D where it is contiguous,
+    else whole rows."""
     if place.is_contiguous():
-        yield place.view(-1)
-    elif place.dim() == 1:
-        yield place
+        yield from place.view(-1).split(most)
+    elif place[0].numel() <= most:
+        yield from place.split(max(1, most // max(1, place[0].numel())))
     else:
         for row in place:
-            yield from _runs(row)
+            yield from _pieces(row, most)
 
 
 def _read_into(handle: FileIO, chunk: Tensor, name: str, entry: TensorEntry) -> None:
-    buffer = memoryview(chunk.view(torch.uint8).numpy())
+    buffer = memoryview(chunk.view(-1).view(torch.uint8).numpy())
     while buffer:
         count = handle.readinto(buffer)
         if not count:
@@ -219,16 +239,19 @@ def _check_finite(chunk: Tensor, name: str, entry: TensorEntry) -> None:
     """Raises CheckpointError if ``chunk`` (on the CPU) holds NaN or Inf.
 
     In every IEEE format the patterns of NaN and Inf are the largest ones of their sign, so two integer maxima find them
-    exactly. isfinite takes about 40 times as long (longer than the read itself), and torch's own sum or maximum spreads a chunk
-    over all cores and then waits for the slowest: twice the load time on a busy machine.
+    exactly; fp8 (e4m3fn) has no Inf, and what stands for it here is its only NaN. isfinite takes about 40 times as long (longer
+    than the read itself), and torch's own sum or maximum spreads a chunk over all cores and then waits for the slowest: twice
+    the load time on a busy machine.
     """
     if not chunk.is_floating_point() or not chunk.numel():
         return
     bits = chunk.view(SAME_SIZE_INTEGER[chunk.dtype]).numpy()
-    infinity = int(torch.tensor(math.inf, dtype=chunk.dtype).view(SAME_SIZE_INTEGER[chunk.dtype]))
+    infinity = FP8_NAN if bits.itemsize == 1 else (
+        int(torch.tensor(math.inf, dtype=chunk.dtype).view(SAME_SIZE_INTEGER[chunk.dtype])))
     unsigned = bits.view(f"u{bits.itemsize}")
     if bits.max() >= infinity or unsigned.max() >= infinity + (1 << (8 * bits.itemsize - 1)):
-        bad = int(chunk.numel() - chunk.isfinite().sum())
+        # fp8 has no isfinite of its own, and fp32 would make Inf of what fp64 holds.
+        bad = int(chunk.numel() - (chunk.float() if bits.itemsize == 1 else chunk).isfinite().sum())
         raise CheckpointError(f"{entry.file}: '{name}', stored as {_dtype(entry.dtype)}, has NaN or Inf in {bad} of "
                               f"{chunk.numel()} values as {_dtype(chunk.dtype)}, expected none: the file is damaged; download "
                               f"it again")

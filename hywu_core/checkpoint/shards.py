@@ -1,7 +1,9 @@
 """The safetensors files of one checkpoint folder: which tensor lies where.
 
-Owns finding the files, parsing their headers and proving that every byte range lies inside its file, before a weight is read.
-Everything here comes from disk and is not trusted. Does not read weights (load.py, fingerprint.py), knows no module (slots.py).
+Owns finding the files, parsing their headers, proving that every byte range lies inside its file before a weight is read, and
+giving each tensor its published name: the native HunyuanImage-3 pack keeps backbone, VAE, vision tower and text head in files
+of their own, and the experts of a layer in one tensor. Everything here comes from disk and is not trusted. Does not read
+weights (load.py, fingerprint.py), knows no module (slots.py) and no packed format (packed.py).
 
 The headers are parsed here and not by the safetensors library because that library hands out copies of mapped pages, while
 load.py needs the offsets to read straight into the parameters.
@@ -9,7 +11,8 @@ load.py needs the offsets to read straight into the parameters.
 
 import json
 import math
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,17 @@ from ..errors import CheckpointError
 from ..json_fields import read_json
 
 INDEX_SUFFIX = ".safetensors.index.json"
+MANIFEST = "hywu_manifest.json"  # what convert.py leaves beside the index
+NUMBERED = re.compile(r".*-\d{5}-of-(?!00001)\d{5}\.safetensors")  # one of several
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format itself
 MAX_NAME_LENGTH = 256
+
+STACK = re.compile(r"(model\.layers\.\d+\.mlp\.)experts_(gate_up|down)_proj\.weight")
+ONE_BY_ONE = {"gate_up": "gate_and_up_proj", "down": "down_proj"}
+MAX_EXPERTS = 4096
+# Names without their published prefix, as in files that hold the vision tower or the VAE alone. Told apart by what follows.
+VISION = re.compile(r"(embeddings|encoder\.layers|post_layernorm|head)\..*")
+VAE = re.compile(r"(encoder|decoder)\..*")
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -53,22 +65,35 @@ class Shards:
 
 
 def open_shards(folder: Path) -> Shards:
-    """Read the headers of all safetensors files of ``folder`` (one file, or shards listed by an index).
+    """Read the headers of all safetensors files of ``folder``: one file, shards listed by an index, or files of disjoint names.
+
+    Experts that are stored as one float tensor (E, O, I) are named one by one.
 
     Raises:
-        CheckpointError: no weights there, a file is damaged or cut off, or index and files disagree.
+        CheckpointError: no weights there, a file is damaged or cut off, index and files disagree, or two files hold the same
+            tensor.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder: give the folder that holds config.json and *.safetensors")
     index = _find_index(folder)
-    if index is None:
-        return Shards(folder, read_header(_single_file(folder)))
-    weight_map = _read_weight_map(index)
+    weight_map = {} if index is None else _read_weight_map(index)
+    absent = sorted(shard for shard in set(weight_map.values()) if not (folder / shard).is_file())
+    # Whoever took the published folder without its weights has the index, but may have other files for them.
+    if index is None or (len(absent) == len(set(weight_map.values())) and any(folder.glob("*.safetensors"))):
+        return Shards(folder, _one_by_one(_gathered(_loose_files(folder))))
+    if absent:
+        raise CheckpointError(f"{index} lists {len(set(weight_map.values()))} shards, {len(absent)} of them are missing: "
+                              f"{', '.join(absent[:10])}: download them")
+    return Shards(folder, _one_by_one(_indexed(index, weight_map)))
+
+
+def _indexed(index: Path, weight_map: dict[str, str]) -> dict[str, TensorEntry]:
+    """The tensors of the shards that an index lists, which must be in the shards that it says."""
     entries: dict[str, TensorEntry] = {}
     stray: list[str] = []
     for shard in sorted(set(weight_map.values())):
-        for name, entry in read_header(folder / shard).items():
+        for name, entry in read_header(index.parent / shard).items():
             if name in entries:
                 raise CheckpointError(
                     f"tensor '{name}' is in two shards, {entries[name].file.name} and {shard}: download the checkpoint again")
@@ -80,7 +105,42 @@ def open_shards(folder: Path) -> Shards:
         raise CheckpointError(
             f"{index.name} lists {len(weight_map)} tensors, its shards hold {len(entries)}; not in their shard: "
             f"{len(absent)} {absent[:10]}; not in the index: {len(stray)} {stray[:10]}: download the checkpoint again")
-    return Shards(folder, entries)
+    return entries
+
+
+def _gathered(files: list[Path]) -> dict[str, TensorEntry]:
+    """The tensors of files that no index ties together; of several, each may hold the vision tower or the VAE alone."""
+    entries: dict[str, TensorEntry] = {}
+    for file in files:
+        for name, entry in read_header(file).items():
+            if len(files) > 1:
+                name = "vision_model." + name if VISION.fullmatch(name) else "vae." + name if VAE.fullmatch(name) else name
+            if name in entries:
+                raise CheckpointError(f"tensor '{name}' is in two files, {entries[name].file} and {file}: keep one checkpoint "
+                                      f"per folder, in one format")
+            entries[name] = entry
+    return entries
+
+
+def _one_by_one(entries: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Stacks of experts that are not packed, cut into the published tensor of each expert."""
+    found: dict[str, TensorEntry] = {}
+    for name, entry in entries.items():
+        stack = STACK.fullmatch(name)
+        if not stack or len(entry.shape) != 3 or name.removesuffix("weight") + "comfy_quant" in entries:
+            found[name] = entry
+            continue
+        if not 0 < entry.shape[0] <= MAX_EXPERTS:
+            raise CheckpointError(f"{entry.file}: '{name}' {list(entry.shape)} stacks {entry.shape[0]} experts, expected 1 to "
+                                  f"{MAX_EXPERTS}: download it again")
+        nbytes = entry.nbytes // entry.shape[0]
+        for expert in range(entry.shape[0]):
+            own = f"{stack[1]}experts.{expert}.{ONE_BY_ONE[stack[2]]}.weight"
+            if own in entries:
+                raise CheckpointError(f"{entry.file}: '{name}' holds '{own}', which is there by itself, too: keep one "
+                                      f"checkpoint per folder")
+            found[own] = replace(entry, shape=entry.shape[1:], offset=entry.offset + expert * nbytes, nbytes=nbytes)
+    return found
 
 
 def _find_index(folder: Path) -> Path | None:
@@ -94,15 +154,18 @@ def _find_index(folder: Path) -> Path | None:
     return found[0]
 
 
-def _single_file(folder: Path) -> Path:
+def _loose_files(folder: Path) -> list[Path]:
+    """The files to take where no index is followed."""
     if (folder / "model.safetensors").is_file():
-        return folder / "model.safetensors"
+        return [folder / "model.safetensors"]
     found = sorted(file for file in folder.glob("*.safetensors") if file.is_file())
-    if len(found) == 1:
-        return found[0]
-    if found:
+    if any(NUMBERED.fullmatch(file.name) for file in found):
+        remedy = ("`hywu convert` was stopped before its end: run the same line again" if (folder / MANIFEST).is_file()
+                  else "download that file, too")
         raise CheckpointError(f"{folder} holds {len(found)} *.safetensors but no model{INDEX_SUFFIX}, which says what "
-                              f"belongs together: download that file, too")
+                              f"belongs together: {remedy}")
+    if found:
+        return found
     raise CheckpointError(f"{folder} holds no weights: expected {folder / 'model.safetensors'} or model{INDEX_SUFFIX} with its "
                           f"shards; download the published folder")
 
@@ -117,11 +180,6 @@ def _read_weight_map(index: Path) -> dict[str, str]:
         if not isinstance(shard, str) or not shard or shard in (".", "..") or any(mark in shard for mark in "/\\:\0"):
             raise CheckpointError(f"{index}: tensor '{name}' is said to lie in {shard!r}, expected the name of a file in the "
                                   f"same folder: do not use this checkpoint")
-    shards = sorted(set(weight_map.values()))
-    absent = [shard for shard in shards if not (index.parent / shard).is_file()]
-    if absent:
-        raise CheckpointError(f"{index} lists {len(shards)} shards, {len(absent)} of them are missing: "
-                              f"{', '.join(absent[:10])}: download them")
     return weight_map
 
 

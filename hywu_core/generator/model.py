@@ -1,30 +1,24 @@
-"""The parameter generator: condition in, the parameter tokens of every backbone layer out, and from them a LoRA.
+"""The parameter generator: condition in, the parameter tokens of every backbone layer out.
 
-Owns the network around the blocks with the published parameter names, loading it from a folder, and ``write_lora``, the second
-step of an edit. The blocks are in ``blocks.py``, the meaning of a token in ``tokens.py``.
+Owns the network around the blocks with the published parameter names. The blocks are in ``blocks.py``, the meaning of a token
+in ``tokens.py``, loading and writing a LoRA in ``handle.py``.
 
 The tokens start from learned positions alone: everything that depends on the request comes in through cross-attention.
 """
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
 
 from ..backbone.layer import RMSNorm
-from ..checkpoint import generator_fingerprint, load_weights, open_shards
-from ..config import GeneratorConfig, torch_dtype
-from ..errors import CheckpointError, LoRAError
-from ..lora.value import LoRA, Provenance
+from ..config import GeneratorConfig
+from ..errors import CheckpointError
 from ..progress import Tick, silent
 from .blocks import EPS, Block, Positions, in_slices
 from .rope import rotary_table
-from .tokens import TokenLayout, detokenise
-
-if TYPE_CHECKING:
-    from ..condition import Condition
+from .tokens import TokenLayout
 
 
 class TokenTransformer(nn.Module):
@@ -43,6 +37,8 @@ class TokenTransformer(nn.Module):
         self.norm_final = RMSNorm(config.d_model, EPS)
         self.proj_out_A = nn.Linear(piece, config.output_dim)
         self.proj_out_B = nn.Linear(piece, config.output_dim)
+        # Entered around each block's turn: whoever placed its weights elsewhere brings them.
+        self.present: Callable[[int], AbstractContextManager] = lambda index: nullcontext()
 
     def forward(self, context_BSG: torch.Tensor, on_tick: Tick = silent) -> torch.Tensor:
         """Projected condition (B, S, G) -> raw tokens (B, N, P, R, C); ticks per block."""
@@ -53,7 +49,8 @@ class TokenTransformer(nn.Module):
         x_BNWG = in_slices(lambda piece, start: self.norm_tokens(piece), x_BNWG, axis=1)
         on_tick(0, len(self.blocks), None)
         for done, block in enumerate(self.blocks, start=1):
-            x_BNWG = block(x_BNWG, context_BSG, positions)
+            with self.present(done - 1):
+                x_BNWG = block(x_BNWG, context_BSG, positions)
             on_tick(done, len(self.blocks), None)
         x_BNWG = in_slices(lambda piece, start: self.norm_final(piece), x_BNWG, axis=1)
         if torch.is_grad_enabled():
@@ -114,73 +111,3 @@ class ParameterGenerator(nn.Module):
     def forward(self, condition_BSD: torch.Tensor, on_tick: Tick = silent) -> torch.Tensor:
         """Conditions (B, S, D) of equal length -> raw parameter tokens (B, N, P, R, C); differentiable, ticks per block."""
         return self.model(self.hidden_in(condition_BSD), on_tick)
-
-
-@dataclass(frozen=True, eq=False)
-class GeneratorHandle:
-    """A loaded generator: the socket value that nodes pass on."""
-
-    model: ParameterGenerator
-    config: GeneratorConfig
-    fingerprint: str
-
-
-def load_generator(
-    folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, on_tick: Tick = silent
-) -> GeneratorHandle:
-    """Load a generator folder (config.json and safetensors); ``dtype`` None takes the one of its configuration.
-
-    Raises:
-        CheckpointError: the folder is incomplete, damaged or not what its configuration says.
-    """
-    config = GeneratorConfig.from_folder(Path(folder))
-    dtype = dtype or torch_dtype(config.torch_dtype)
-    shards = open_shards(Path(folder))
-    with torch.device("meta"):
-        model = ParameterGenerator(config).to(dtype)
-    load_weights(model, shards, device=device, on_tick=on_tick)
-    return GeneratorHandle(model.eval().requires_grad_(False), config, generator_fingerprint(shards))
-
-
-@torch.no_grad()
-def write_lora(generator: GeneratorHandle, condition: "Condition", on_tick: Tick = silent) -> LoRA:
-    """Write the LoRA for one condition, in the generator's dtype, on the CPU; ticks per block (spec section 4).
-
-    Raises:
-        CheckpointError: the condition has another width than the generator reads.
-        LoRAError: the condition or the written values are not finite.
-    """
-    config = generator.config
-    hidden_SD = condition.hidden_SD
-    if hidden_SD.ndim != 2 or hidden_SD.shape[1] != config.input_dim:
-        raise CheckpointError(
-            f"the condition has shape {tuple(hidden_SD.shape)}, but this generator reads (tokens, {config.input_dim}): it was "
-            "made for another backbone; load the generator that belongs to this backbone")
-    if not torch.isfinite(hidden_SD).all():
-        raise LoRAError(f"the condition holds NaN or Inf in {int((~torch.isfinite(hidden_SD)).sum())} of {hidden_SD.numel()} "
-                        "values, expected none; load the backbone in bfloat16 or float32 and encode again")
-    weight = generator.model.hidden_in.weight
-
-    def tick(done: int, total: int, latent: torch.Tensor | None) -> None:
-        if weight.is_cuda:
-            # Kernels are only queued: without waiting all ticks would come at once, and a cancel would stop nothing.
-            torch.cuda.synchronize(weight.device)
-        on_tick(done, total, latent)
-
-    tokens_BNPRC = generator.model(hidden_SD[None].to(weight.device, weight.dtype), tick)
-    _refuse_not_finite(tokens_BNPRC)
-    matrices = detokenise(tokens_BNPRC, generator.model.layout, config.prefix)
-    # Each matrix gets memory of its own: as views they would drag all 1.45 GB along wherever one of them is sent.
-    tensors = {key: matrix[0].to("cpu", copy=True) for key, matrix in matrices.items()}
-    return LoRA.from_tensors(tensors, config.alpha, Provenance(
-        backbone_fingerprint=condition.backbone_fingerprint, generator_fingerprint=generator.fingerprint,
-        instruction=condition.instruction, thinking=condition.thinking, picture_digests=tuple(condition.picture_digests),
-        seed=condition.seed))
-
-
-def _refuse_not_finite(tokens_BNPRC: torch.Tensor) -> None:
-    # The sum needs no second tensor of this size; only when it is suspicious are the values looked at.
-    if not torch.isfinite(tokens_BNPRC.sum(dtype=torch.float32)) and not torch.isfinite(tokens_BNPRC).all():
-        wrong = int((~torch.isfinite(tokens_BNPRC)).sum())
-        raise LoRAError(f"the generator wrote NaN or Inf in {wrong} of {tokens_BNPRC.numel()} values, expected none; its "
-                        f"weights are damaged or {tokens_BNPRC.dtype} is too narrow: load it in bfloat16 or float32")

@@ -118,7 +118,7 @@ def _attach(backbone: Backbone, active: list[InjectedLoRA], on_layer: Callable[[
         last, weight = layer, next(module.parameters())
         for target in module.targets():
             path = f"{name}.{target.name}".rstrip(".")
-            module.attach(target.name, _adapter(path, active, weight))
+            module.attach(target.name, _adapter(path, active, module.adapter_device, weight.dtype))
 
 
 def _detach(backbone: Backbone) -> None:
@@ -127,12 +127,12 @@ def _detach(backbone: Backbone) -> None:
             module.attach(name, None)
 
 
-def _adapter(path: str, active: list[InjectedLoRA], weight: torch.Tensor) -> Adapter:
-    """The LoRAs' A and B of one projection on its device, ranks side by side; strengths go into the scale."""
-    a = [injected.lora.tensors[f"{path}.lora_A"].to(weight.device, weight.dtype) for injected in active]
-    b = [injected.lora.tensors[f"{path}.lora_B"].to(weight.device, weight.dtype) for injected in active]
+def _adapter(path: str, active: list[InjectedLoRA], device: torch.device, dtype: torch.dtype) -> Adapter:
+    """The LoRAs' A and B of one projection, ranks side by side; strengths go into the scale."""
+    a = [injected.lora.tensors[f"{path}.lora_A"].to(device, dtype) for injected in active]
+    b = [injected.lora.tensors[f"{path}.lora_B"].to(device, dtype) for injected in active]
     scale = [torch.full((injected.lora.rank,), injected.lora.scale * injected.strength) for injected in active]
-    scale_R = torch.cat(scale).to(weight.device)
+    scale_R = torch.cat(scale).to(device)
     if len(active) == 1:
         return Adapter(a[0], b[0], scale_R)
     return Adapter(torch.cat(a, dim=-2), torch.cat(b, dim=-1), scale_R)

@@ -84,7 +84,7 @@ def denoise(
     plan = TaylorPlan(taylor, steps) if taylor else None
     latent_bchw = latent_bchw.to(backbone.device)
     on_tick(0, steps, None)
-    with attached(model, lambda: on_tick(0, steps, None)):
+    with attached(model, lambda: on_tick(0, steps, None)), backbone.at_work():
         caches = backbone.new_cache(rows, sequence.length)
         for step, t in enumerate(schedule.timesteps):
             if plan is None or plan.is_full(step):

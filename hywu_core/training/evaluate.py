@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..condition import Condition, encode
 from ..errors import RequestError
-from ..generator.model import GeneratorHandle, write_lora
+from ..generator.handle import GeneratorHandle, write_lora
 from ..handle import ModelHandle
 from ..lora.attach import inject
 from ..lora.value import LoRA

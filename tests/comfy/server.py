@@ -27,6 +27,8 @@ START_SECONDS = 240
 STOP_SECONDS = 15
 START = Path(__file__).with_name("start.py")
 
+TEXT = 3  # BinaryEventTypes in ComfyUI's protocol.py
+
 Message = dict[str, Any]
 
 
@@ -37,6 +39,7 @@ class Run:
     prompt_id: str
     messages: list[Message] = field(default_factory=list)
     previews: int = 0  # preview pictures that came over the socket
+    texts: dict[str, list[str]] = field(default_factory=dict)  # texts that nodes showed while they ran, by node id
     history: dict[str, Any] = field(default_factory=dict)
 
     def of_type(self, kind: str) -> list[dict[str, Any]]:
@@ -194,7 +197,7 @@ class ComfyServer:
                 run = Run(answer["prompt_id"])
                 async for raw in socket_:
                     if raw.type == aiohttp.WSMsgType.BINARY:
-                        run.previews += 1
+                        _take_binary(run, raw.data)
                         continue
                     if raw.type != aiohttp.WSMsgType.TEXT:
                         raise RuntimeError(f"the socket was closed during a run:\n{self.tail()}")
@@ -221,6 +224,15 @@ class ComfyServer:
         """The files that one node of a finished run saved."""
         return [self.base / item["type"] / item.get("subfolder", "") / item["filename"]
                 for item in run.history["outputs"][node][kind]]
+
+
+def _take_binary(run: Run, data: bytes) -> None:
+    """ComfyUI's binary messages: a type, then for a text the length of the node's id, the id and the text."""
+    if int.from_bytes(data[:4], "big") != TEXT:
+        run.previews += 1
+        return
+    length = int.from_bytes(data[4:8], "big")
+    run.texts.setdefault(data[8 : 8 + length].decode(), []).append(data[8 + length :].decode())
 
 
 def _free_port() -> int:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from comfyui_hywu.hywu_core.edit import edit
-from comfyui_hywu.hywu_core.generator.model import load_generator
+from comfyui_hywu.hywu_core.generator.handle import load_generator
 from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.lora.files import load_lora
 from comfyui_hywu.hywu_core.vision.buckets import Buckets

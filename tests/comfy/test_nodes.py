@@ -10,7 +10,7 @@ from comfyui_hywu.tests.comfy.server import PACK, Refused
 
 # Ids are promises: graphs of users hold them.
 NODES = {
-    "HYWUModelLoader": (["backbone", "dtype"], ["HYWU_MODEL", "VAE"]),
+    "HYWUModelLoader": (["backbone", "dtype", "format"], ["HYWU_MODEL", "VAE"]),
     "HYWUGeneratorLoader": (["generator", "dtype"], ["HYWU_GENERATOR"]),
     "HYWUThink": (["model", "instruction", "seed", "mode", "max_new_tokens", "temperature", "top_k", "top_p", "system_prompt",
                    "image_1", "image_2", "image_3"], ["STRING"]),
@@ -132,7 +132,8 @@ def test_a_missing_lora_is_named_with_the_places(server):
 
 
 @pytest.mark.parametrize(("kind", "name", "value"), [
-    ("HYImageSampler", "steps", 0), ("HYWUModelLoader", "dtype", "int1"), ("HYWULoRAInjector", "strength", 4.5)])
+    ("HYImageSampler", "steps", 0), ("HYWUModelLoader", "dtype", "int1"), ("HYWUModelLoader", "format", "nf4"),
+    ("HYWULoRAInjector", "strength", 4.5)])
 def test_values_out_of_range_are_refused(server, kind, name, value):
     graph = small_graph("edit_one_photo")
     graph[only(graph, kind)]["inputs"][name] = value

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_hywu.hywu_core.errors import CheckpointError, LoRAError
-from comfyui_hywu.hywu_core.generator.model import GeneratorHandle, load_generator, write_lora
+from comfyui_hywu.hywu_core.generator.handle import GeneratorHandle, load_generator, write_lora
 from comfyui_hywu.hywu_core.generator.tokens import detokenise
 from safetensors.torch import save_file
 

@@ -4,6 +4,7 @@ Owns reading the folder; compares nothing. Works for any sizes and seed: everyth
 """
 
 import json
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,14 @@ from safetensors.torch import load_file
 
 
 class Case:
-    """A case folder with ``base/ pg/ images/ golden/``."""
+    """A case folder with ``base/ pg/ images/ golden/``.
 
-    def __init__(self, folder: Path):
-        self.folder = Path(folder)
+    arrange: makes the plan by which the backbone is loaded from its configuration, None = whole; generator: how the generator
+    is, as keywords of ``load_generator``.
+    """
+
+    def __init__(self, folder: Path, arrange: Callable | None = None, generator: dict[str, str] | None = None):
+        self.folder, self._arrange, self._generator = Path(folder), arrange, generator or {}
         self.base = self.folder / "base"
         self.pg = self.folder / "pg"
         self.manifest: dict[str, Any] = json.loads((self.folder / "golden" / "manifest.json").read_text())
@@ -40,15 +45,17 @@ class Case:
     @cached_property
     def model(self):
         """The backbone folder loaded in fp32 on the CPU through the product's own loader."""
+        from comfyui_hywu.hywu_core.config import BackboneConfig
         from comfyui_hywu.hywu_core.handle import load_model
 
-        return load_model(self.base, device="cpu", dtype=torch.float32)
+        plan = self._arrange(BackboneConfig.from_folder(self.base)) if self._arrange else None
+        return load_model(self.base, dtype=torch.float32, plan=plan)
 
     @cached_property
     def generator(self):
-        from comfyui_hywu.hywu_core.generator.model import load_generator
+        from comfyui_hywu.hywu_core.generator.handle import load_generator
 
-        return load_generator(self.pg, device="cpu", dtype=torch.float32)
+        return load_generator(self.pg, dtype=torch.float32, **self._generator)
 
 
 def unpack_mask(packed: torch.Tensor, length: int) -> torch.Tensor:

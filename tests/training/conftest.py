@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from comfyui_hywu.hywu_core.generator.model import load_generator
+from comfyui_hywu.hywu_core.generator.handle import load_generator
 from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.training import base_stage, linear_vae, run
 from comfyui_hywu.hywu_core.training.batches import Batches

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_hywu.hywu_core.condition import encode
 from comfyui_hywu.hywu_core.errors import RequestError
-from comfyui_hywu.hywu_core.generator.model import write_lora
+from comfyui_hywu.hywu_core.generator.handle import write_lora
 from comfyui_hywu.hywu_core.lora.value import LoRA, Provenance
 from comfyui_hywu.hywu_core.training import evaluate, language
 from comfyui_hywu.hywu_core.training.edits import DAMAGES, EDITS, edited, luma

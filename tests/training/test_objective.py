@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comfyui_hywu.hywu_core.condition import encode
-from comfyui_hywu.hywu_core.generator.model import write_lora
+from comfyui_hywu.hywu_core.generator.handle import write_lora
 from comfyui_hywu.hywu_core.lora.attach import inject
 from comfyui_hywu.hywu_core.sampling.denoise import sample
 from comfyui_hywu.hywu_core.training import generator_stage

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_hywu.hywu_core.cli import main
-from comfyui_hywu.hywu_core.generator.model import load_generator
+from comfyui_hywu.hywu_core.generator.handle import load_generator
 from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.training import loop
 from PIL import Image

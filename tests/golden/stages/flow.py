@@ -10,7 +10,7 @@ from comfyui_hywu.hywu_core import condition as condition_module
 from comfyui_hywu.hywu_core import edit as edit_module
 from comfyui_hywu.hywu_core.backbone import inputs
 from comfyui_hywu.hywu_core.backbone.pictures import encode_picture
-from comfyui_hywu.hywu_core.generator.model import write_lora
+from comfyui_hywu.hywu_core.generator.handle import write_lora
 from comfyui_hywu.hywu_core.lora.attach import inject
 from comfyui_hywu.hywu_core.sampling import denoise as denoise_module
 from comfyui_hywu.hywu_core.sampling.schedule import Schedule

@@ -4,7 +4,7 @@ import re
 from types import SimpleNamespace
 
 import torch
-from comfyui_hywu.hywu_core.generator.model import write_lora
+from comfyui_hywu.hywu_core.generator.handle import write_lora
 from comfyui_hywu.hywu_core.generator.tokens import detokenise_layer, tokenise_layer
 
 from ..case import Case

@@ -1,0 +1,335 @@
+"""What the nodes do with memory, inside ComfyUI's process; collected by ``test_memory.py`` through ``inside.py`` only.
+
+No GPU is needed: cards are pretended by numbers where the decision is tested, and the CPU stands for one where the effect is.
+"""
+
+import gc
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import comfy.model_management as management
+import comfy.model_patcher
+import comfy.utils
+import psutil
+import pytest
+import torch
+from comfyui_hywu.hywu_core.condition import encode
+from comfyui_hywu.hywu_core.config import BackboneConfig, GeneratorConfig
+from comfyui_hywu.hywu_core.errors import PlacementError
+from comfyui_hywu.hywu_core.generator.handle import load_generator, write_lora
+from comfyui_hywu.hywu_core.generator.sizes import generator_sizes
+from comfyui_hywu.hywu_core.handle import load_model
+from comfyui_hywu.hywu_core.lora.attach import inject
+from comfyui_hywu.hywu_core.placement.devices import parse_devices
+from comfyui_hywu.hywu_core.placement.request import Request
+from comfyui_hywu.hywu_core.placement.sizes import model_sizes
+from comfyui_hywu.hywu_core.sampling.denoise import sample
+from comfyui_hywu.nodes import host, memory, plan
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+MINI = ROOT / "models" / "hywu-mini"
+REAL = ROOT / "tests" / "data" / "real-config"
+CPU = torch.device("cpu")
+# RSS may grow by so much over 40 turns, less than one reload (51 MB of weights) that leaks.
+MOST_GROWTH = 40 << 20
+
+host.register_folders()  # as the pack's entry point does
+
+
+@pytest.fixture(autouse=True)
+def empty_list():
+    """Every test begins and ends with nothing in ComfyUI's list."""
+    yield
+    management.unload_all_models()
+    gc.collect()
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    return Image.open(ROOT / "tests" / "data" / "photo.jpg").convert("RGB")
+
+
+def paint(model, photo, seed: int = 0) -> torch.Tensor:
+    condition = memory.at_work(model, 1, lambda: encode(model, [photo], "make it brighter"))
+    return memory.at_work(model, 1, lambda: sample(model, condition, steps=2, seed=seed))
+
+
+@pytest.fixture(scope="module")
+def expected(photo) -> torch.Tensor:
+    """The latent of the core alone, without plan and without ComfyUI."""
+    model = load_model(MINI / "backbone")
+    return sample(model, encode(model, [photo], "make it brighter"), steps=2)
+
+
+def load(format: str = "auto"):
+    return memory.load(MINI / "backbone", None, format)
+
+
+def entries() -> list[memory.PlacedPatcher]:
+    return [patcher for patcher in management.loaded_models() if isinstance(patcher, memory.PlacedPatcher)]
+
+
+# ---- planning
+
+
+def test_on_a_cpu_the_small_checkpoint_lies_there_whole_and_paints_as_without_a_plan(photo, expected):
+    model = load()
+    found = model.placed.plan
+    assert [(stage.device, stage.layers, stage.streamed) for stage in found.stages] == [("cpu", 4, ())]
+    assert (found.format, found.dtype, set(found.places.values()), dict(found.visits)) == ("bf16", torch.float32, {"cpu"}, {})
+    assert found.generator.mode == "resident"  # hywu-mini's own was found and planned for
+    assert torch.equal(paint(model, photo), expected)
+
+
+def test_cards_count_as_if_everybody_had_left(monkeypatch):
+    cards = parse_devices("24:10,24:20+64ram")
+
+    class Other:
+        load_device = torch.device("cuda:0")
+
+        def loaded_size(self) -> int:
+            return 5 << 30
+
+    monkeypatch.setattr(plan, "find_devices", lambda: cards)
+    monkeypatch.setattr(management, "loaded_models", lambda: [Other(), None])
+    assert plan.devices() == cards[2:]  # --cpu: no card
+    monkeypatch.setattr(management, "get_torch_device", lambda: torch.device("cuda:0"))
+    first, second, _ = plan.devices()
+    assert first.free == cards[0].free + (5 << 30) - management.extra_reserved_memory()
+    assert second.free == cards[1].free - management.extra_reserved_memory()
+
+
+def real_wanted(format: str = "auto") -> plan.Wanted:
+    config = BackboneConfig.from_dict(json.loads((REAL / "hunyuanimage3-instruct.config.json").read_text()))
+    writer = GeneratorConfig.from_dict(json.loads((REAL / "hy-wu.config.json").read_text()))
+    return plan.Wanted(model_sizes(config, torch.bfloat16), Request(), format, generator_sizes(writer, torch.bfloat16))
+
+
+def test_others_leave_only_as_far_as_the_plan_needs(monkeypatch):
+    monkeypatch.setattr(plan, "devices", lambda: parse_devices("2x48+192ram"))
+    found = plan.make_plan(real_wanted("int4"))
+    asked = []
+    monkeypatch.setattr(management, "free_memory", lambda nbytes, device: asked.append((nbytes, str(device))))
+    plan.make_room(found)
+    # The generator comes for its turn even where the plan had room for it: that room is not asked for.
+    assert found.generator.mode == "streamed"
+    assert asked == [(plan.need(peak) + management.extra_reserved_memory(), peak.device) for peak in found.peaks]
+    assert all(plan.need(peak) == peak.total - peak.items.get("generator", 0) < peak.free for peak in found.peaks)
+
+
+def test_the_next_plan_is_smaller_and_for_the_pictures_that_there_are(monkeypatch):
+    monkeypatch.setattr(plan, "devices", lambda: parse_devices("1x96+192ram"))
+    wanted = real_wanted()
+    before = plan.make_plan(wanted)
+    after = plan.smaller_plan(wanted, before, pictures=3)
+    assert after.format == before.format and after.request.pictures == 3
+    assert after.peaks[0].total <= plan.SMALLER * before.peaks[0].total
+    assert after.streamed > before.streamed
+    monkeypatch.setattr(plan, "devices", lambda: parse_devices("1x16+64ram"))
+    tight = plan.make_plan(wanted)
+    with pytest.raises(PlacementError, match=r"ran out of memory \(wanted 2 GiB\), and no smaller plan fits: .* GB too little"):
+        memory._smaller(wanted, tight, 3, "wanted 2 GiB")
+
+
+def test_what_does_not_fit_is_an_error_before_a_byte_is_read(monkeypatch):
+    *_, ram = plan.devices()
+    monkeypatch.setattr(plan, "devices", lambda: (replace(ram, free=1 << 30),))
+    monkeypatch.setattr(memory, "load_model", lambda *args, **kwargs: pytest.fail("a file was opened"))
+    with pytest.raises(PlacementError, match="GB too little"):
+        load()
+
+
+# ---- ComfyUI's list
+
+
+def test_unloading_gives_the_memory_back_and_the_next_use_the_same_picture(photo, expected):
+    model = load()
+    held = model.placed.nbytes(CPU)
+    other = replace(model)  # as the injector makes: the same backbone
+    memory.ready(other)
+    memory.ready(model)
+    assert len(entries()) == 1 and entries()[0].loaded_size() == held
+    management.unload_all_models()
+    assert not entries() and not model.placed.loaded and model.placed.nbytes(CPU) < held
+    assert torch.equal(paint(other, photo), expected)
+    assert len(entries()) == 1 and model.placed.nbytes(CPU) == held
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_packed_layers_come_back_as_they_were(photo, format):
+    model = load(format)
+    assert model.placed.plan.format == format
+    first = paint(model, photo)
+    management.unload_all_models()
+    assert torch.equal(paint(model, photo), first)
+
+
+def test_an_entry_goes_with_the_last_handle():
+    model = load()
+    assert len(entries()) == 1
+    del model
+    gc.collect()
+    assert not entries() and not len(memory._PATCHERS)
+
+
+def test_a_lora_survives_an_unloading(photo):
+    model = load()
+    condition = encode(model, [photo], "make it brighter")
+    adapted = inject(model, memory.write(memory.load_writer(MINI / "generator", None), condition), 1.0)
+    first = memory.at_work(adapted, 1, lambda: sample(adapted, condition, steps=2))
+    management.unload_all_models()
+    assert torch.equal(memory.at_work(adapted, 1, lambda: sample(adapted, condition, steps=2)), first)
+    plain = memory.at_work(model, 1, lambda: sample(model, condition, steps=2))
+    assert not torch.equal(plain, first)
+
+
+def test_a_cancel_during_the_reload_leaves_it_unloaded_and_the_next_run_right(photo, expected, monkeypatch):
+    model = load()
+    management.unload_all_models()
+    monkeypatch.setattr(
+        comfy.utils, "PROGRESS_BAR_HOOK",
+        lambda *args, **kwargs: management.throw_exception_if_processing_interrupted())
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        memory.at_work(model, 1, lambda: pytest.fail("the stage ran"))
+    assert not model.placed.loaded and not entries()
+    assert torch.equal(paint(model, photo), expected)
+
+
+# ---- running out of memory
+
+
+class Runs:
+    """A stage that runs out of memory the first times it is called."""
+
+    def __init__(self, times: int, stage):
+        self.times, self.stage, self.calls = times, stage, 0
+
+    def __call__(self):
+        self.calls += 1
+        if self.calls <= self.times:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has 1.50 GiB free.\nadvice")
+        return self.stage()
+
+
+def test_out_of_memory_once_runs_again_under_a_new_plan_and_says_so(photo, expected, monkeypatch):
+    said = []
+    monkeypatch.setattr(host, "say", said.append)
+    model = load()
+    condition = memory.at_work(model, 1, lambda: encode(model, [photo], "make it brighter"))
+    before = model.placed.plan
+    runs = Runs(1, lambda: sample(model, condition, steps=2))
+    assert torch.equal(memory.at_work(model, 2, runs), expected)
+    assert runs.calls == 2 and model.placed.plan is not before and model.placed.plan.request.pictures == 2
+    assert "Tried to allocate 2.00 GiB" in said[-1] and "smaller plan" in said[-1] and "layers" in said[-1]
+
+
+def test_out_of_memory_twice_is_an_error_with_the_numbers_and_the_remedy():
+    model = load()
+    runs = Runs(9, lambda: None)
+    with pytest.raises(PlacementError) as raised:
+        memory.at_work(model, 1, runs)
+    said = str(raised.value)
+    assert runs.calls == 2 and said.count("Tried to allocate 2.00 GiB") == 2 and "advice" not in said
+    assert "GB planned of" in said and "format int4" in said
+    assert not model.placed.loaded
+
+
+def test_a_generator_runs_out_of_memory_once(photo, monkeypatch):
+    model = load()
+    condition = encode(model, [photo], "make it brighter")
+    writer = memory.load_writer(MINI / "generator", None)
+    runs = Runs(1, lambda: write_lora(writer, condition))
+    monkeypatch.setattr(memory, "write_lora", lambda *args: runs())
+    assert memory.write(writer, condition).tensors
+    assert runs.calls == 2 and not model.placed.loaded  # the backbone had to make room
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), management.InterruptProcessingException()])
+def test_other_errors_pass_and_unload_nothing(error):
+    model = load()
+
+    def stage():
+        raise error
+
+    with pytest.raises(type(error)):
+        memory.at_work(model, 1, stage)
+    assert model.placed.loaded
+
+
+# ---- the generator where there is a card
+
+
+@pytest.mark.parametrize(("ram", "free"), [(True, 64 << 20), (False, 4 << 20)])
+def test_a_generator_holds_nothing_on_a_card_between_its_turns(photo, monkeypatch, ram, free):
+    card, memory_ = parse_devices("24+64ram")
+    model = load_model(MINI / "backbone")  # not through the node: no plan is known
+    condition = encode(model, [photo], "make it brighter")
+    resident = load_generator(MINI / "generator")
+    with monkeypatch.context() as patched:
+        patched.setattr(plan, "devices", lambda: (card, replace(memory_, free=free)))
+        writer = memory.load_writer(MINI / "generator", None)
+    assert writer.present is not None
+    assert all(parameter.is_meta for parameter in writer.model.model.blocks.parameters())
+    assert bool(writer.model.model.present.__self__.places) is ram
+    asked = []
+    monkeypatch.setattr(management, "free_memory", lambda nbytes, device, keep_loaded: asked.append((nbytes, device)))
+    written, expected = memory.write(writer, condition), write_lora(resident, condition)
+    assert all(torch.equal(written.tensors[key], expected.tensors[key]) for key in expected.tensors)
+    (nbytes, device), = asked
+    assert device == CPU and management.extra_reserved_memory() < nbytes < management.extra_reserved_memory() + (64 << 20)
+
+
+def test_a_generator_works_where_the_backbones_plan_says(photo, monkeypatch):
+    card, memory_ = parse_devices("24+64ram")
+    model = load()
+    condition = encode(model, [photo], "make it brighter")
+    monkeypatch.setattr(plan, "devices", lambda: (card, memory_))
+    writer = memory.load_writer(MINI / "generator", None)
+    model.placed.plan = replace(model.placed.plan, generator=replace(model.placed.plan.generator, device="meta"))
+    kept = []
+    monkeypatch.setattr(management, "free_memory", lambda nbytes, device, keep_loaded: kept.extend(keep_loaded))
+    assert memory._with_room(writer, condition).device == torch.device("meta")
+    assert [loaded.model for loaded in kept] == entries()
+
+
+# ---- taking turns
+
+
+class OtherModel(torch.nn.Module):
+    """Heavy enough that the pretended card cannot hold it and hywu-mini: 34 MB and 51 MB."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(8)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)
+
+
+def test_two_models_take_turns_without_a_leak(photo, expected, monkeypatch):
+    """On a pretended card that holds one of them: ComfyUI's own code decides who leaves."""
+    model = load()
+    condition = memory.at_work(model, 1, lambda: encode(model, [photo], "make it brighter"))
+    other = comfy.model_patcher.ModelPatcher(OtherModel().requires_grad_(False), CPU, CPU)
+    card = 60 << 20
+    held = lambda: sum(patcher.loaded_size() for patcher in management.loaded_models())  # noqa: E731
+    monkeypatch.setattr(management, "get_free_memory",
+                        lambda device=None, torch_free_too=False: (card - held(), 0) if torch_free_too else card - held())
+    process, sizes = psutil.Process(), []
+    for turn in range(50):
+        management.free_memory(other.model_size(), CPU)
+        management.load_models_gpu([other])
+        other.model(torch.ones(64, 1024))
+        assert not model.placed.loaded and held() == other.model_size()
+        management.free_memory(memory._PATCHERS[model.placed].model_size(), CPU)
+        steps = 2 if turn in (0, 49) else 1
+        latent = memory.at_work(model, 1, lambda steps=steps: sample(model, condition, steps=steps))
+        assert model.placed.loaded and other.loaded_size() < other.model_size() and held() <= card
+        if turn in (0, 49):
+            assert torch.equal(latent, expected)
+        sizes.append(process.memory_info().rss)
+    print("RSS in MB after turns 1, 5, 10 ... 50:", [size >> 20 for size in (sizes[0], *sizes[4::5])])
+    assert max(sizes[10:]) - max(sizes[:10]) < MOST_GROWTH

@@ -1,0 +1,238 @@
+"""Every arrangement of a model gives the picture of the plain one: stages, waves, rings, formats, from memory and from disk."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from comfyui_hywu.hywu_core.backbone.mask import attention_mask
+from comfyui_hywu.hywu_core.backbone.rope import positions, table
+from comfyui_hywu.hywu_core.checkpoint import open_shards
+from comfyui_hywu.hywu_core.checkpoint.convert import convert
+from comfyui_hywu.hywu_core.checkpoint.formats import codec
+from comfyui_hywu.hywu_core.config import BackboneConfig
+from comfyui_hywu.hywu_core.errors import RequestError
+from comfyui_hywu.hywu_core.handle import InjectedLoRA, build_backbone
+from comfyui_hywu.hywu_core.lora.attach import attached
+from comfyui_hywu.hywu_core.placement.build import Placed
+
+from ..lora.test_attach import random_lora
+from ..tiny import write_backbone
+from .plans import plan, stage, through_the_ring
+
+LAYERS, LENGTH = 5, 20
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Five layers with eight experts, so that one token leaves most of them alone."""
+    return write_backbone(tmp_path_factory.mktemp("placed") / "backbone", num_hidden_layers=LAYERS, num_experts=8)
+
+
+def load(folder, *stages, **changes):
+    """The backbone of ``folder`` by a plan of these stages."""
+    config = BackboneConfig.from_folder(folder)
+    placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config, *stages, **changes))
+    placed.load()
+    return placed.backbone
+
+
+@torch.no_grad()
+def run(backbone, rows=2):
+    """The hidden states of a prompt of two rows, and of three tokens that follow one by one."""
+    config = backbone.config
+    cos, sin = table(positions(LENGTH + 3, [((4, 13), (3, 3))]), config.attention_head_dim, config.rope_theta)
+    hidden = torch.randn(rows, LENGTH + 3, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    caches = backbone.new_cache(rows, LENGTH)
+    parts = [backbone.run(hidden[:, :LENGTH], (cos[:LENGTH], sin[:LENGTH]), attention_mask(LENGTH, [(4, 13)]), caches)]
+    for index in range(LENGTH, LENGTH + 3):
+        at = slice(index, index + 1)
+        parts.append(backbone.run(hidden[:, at], (cos[at], sin[at]), None, caches, torch.tensor([index])))
+    return torch.cat(parts, dim=1)
+
+
+ARRANGEMENTS = {
+    "two stages": (stage(0, 2), stage(2, 3)),
+    "three stages": (stage(0, 1), stage(1, 2), stage(3, 2)),
+    "all in memory, placed for each turn": (stage(0, 5, range(5)),),
+    "some in memory, placed for each turn": (stage(0, 5, (1, 3)),),
+    "from disk, ring of two": (stage(0, 5, range(5), "disk"),),
+    "some from disk, ring of three": (stage(0, 5, (0, 2, 4), "disk", 3),),
+    "two stages, streamed": (stage(0, 2, (0, 1)), stage(2, 3, (3,), "disk")),
+    "experts of single tokens on the host": (stage(0, 5, range(5), on_host=True),),
+}
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_an_arrangement_changes_no_bit(folder, name):
+    assert torch.equal(run(load(folder, *ARRANGEMENTS[name])), run(load(folder)))
+
+
+@pytest.mark.parametrize("ring", [1, 2, 3])
+def test_a_ring_between_memory_and_device_changes_no_bit(folder, ring, monkeypatch):
+    through_the_ring(monkeypatch)
+    placed = load(folder, stage(0, LAYERS, range(LAYERS), ring=ring))
+    assert torch.equal(run(placed), run(load(folder)))
+
+
+@torch.no_grad()
+def rounded(folder, form):
+    """The plain model with every weight that the format packs put through it."""
+    backbone = load(folder)
+    for _, module in backbone.adapted_modules():
+        for name in module.ROOMS:
+            weight = getattr(module, name)
+            found = codec(form, tuple(weight.shape))
+            found.unpack(found.pack(weight.contiguous()), weight)
+    return backbone
+
+
+PACKED = {
+    "resident": (stage(0, LAYERS),),
+    "two stages": (stage(0, 2), stage(2, 3)),
+    "through the ring": (stage(0, LAYERS, range(LAYERS), ring=3),),
+    "from disk": (stage(0, LAYERS, (1, 2, 4), "disk"),),
+}
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights_compute_what_their_unpacked_values_compute(folder, tmp_path, form, name, monkeypatch):
+    source = folder
+    if name == "from disk":
+        source = tmp_path / "converted"
+        convert(folder, source, form)
+    with monkeypatch.context() as patch:
+        if name == "through the ring":
+            through_the_ring(patch)
+        found = run(load(source, *PACKED[name], form=form))
+    assert torch.equal(found, run(rounded(folder, form)))
+    assert not torch.equal(found, run(load(folder)))
+
+
+def test_layers_that_stay_on_disk_are_not_packed_on_every_visit(folder):
+    with pytest.raises(RequestError, match="hywu convert"):
+        load(folder, stage(0, LAYERS, (1,), "disk"), form="fp8")
+
+
+def test_layers_need_not_be_of_one_size(tmp_path, monkeypatch):
+    """The first two have dense MLPs, the others experts; the ring's buffers hold either."""
+    folder = write_backbone(tmp_path / "backbone", num_hidden_layers=LAYERS, moe_layer_num_skipped=2)
+    plain = run(load(folder))
+    assert torch.equal(run(load(folder, *ARRANGEMENTS["from disk, ring of two"])), plain)
+    through_the_ring(monkeypatch)
+    assert torch.equal(run(load(folder, stage(0, LAYERS, range(LAYERS)))), plain)
+
+
+# ---- with a LoRA
+
+
+def model(backbone):
+    """Enough of a handle to attach a LoRA to."""
+    return SimpleNamespace(backbone=backbone, fingerprint="f", loras=())
+
+
+def adapted(backbone, *ranks):
+    """The hidden states of a prompt and of later tokens under LoRAs of these ranks."""
+    handle = model(backbone)
+    handle.loras = tuple(InjectedLoRA(random_lora(handle, seed, rank=rank), 0.7) for seed, rank in enumerate(ranks))
+    with attached(handle):
+        found = run(backbone)
+    assert not any(module.attached() for _, module in backbone.adapted_modules())
+    return found
+
+
+@pytest.mark.parametrize("ranks", [(3,), (16,), (16, 16)], ids=str)
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_a_lora_lands_wherever_the_layers_are(folder, name, ranks):
+    plain, placed = load(folder), load(folder, *ARRANGEMENTS[name])
+    expected, without = adapted(plain, *ranks), run(placed)
+    assert torch.equal(adapted(placed, *ranks), expected)
+    assert not torch.equal(expected, without)
+    assert torch.equal(run(placed), without)  # nothing of it stays behind
+
+
+@pytest.mark.parametrize("form", ["fp8", "int8", "int4"])
+def test_a_lora_acts_unmerged_beside_packed_weights(folder, form):
+    placed = load(folder, stage(0, 2), stage(2, 3, (3, 4)), form=form)
+    assert torch.equal(adapted(placed, 16), adapted(rounded(folder, form), 16))
+
+
+def test_a_cancel_between_layers_leaves_everything_usable(folder):
+    class Cancelled(Exception):
+        pass
+
+    def stop(layer):
+        if layer == 2:
+            raise Cancelled
+
+    placed = load(folder, *ARRANGEMENTS["some from disk, ring of three"])
+    before = run(placed)
+    handle = model(placed)
+    handle.loras = (InjectedLoRA(random_lora(handle, 0), 1.0),)
+    config = placed.config
+    rope = table(positions(8, []), config.attention_head_dim, config.rope_theta)
+    with pytest.raises(Cancelled), attached(handle), torch.no_grad(), placed.at_work():
+        placed.run(torch.randn(1, 8, config.hidden_size), rope, attention_mask(8, []), on_layer=stop)
+    assert not any(module.attached() for _, module in placed.adapted_modules())
+    assert torch.equal(run(placed), before)
+
+
+# ---- released and loaded again
+
+
+def placed_by(folder, *stages, **changes):
+    config = BackboneConfig.from_folder(folder)
+    placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config, *stages, **changes))
+    placed.load()
+    return placed
+
+
+SPREAD = (stage(0, 2, (1,)), stage(2, 3, (3,), "disk"))
+
+
+@pytest.mark.parametrize("stages", [(stage(0, LAYERS),), SPREAD], ids=["whole", "spread"])
+@pytest.mark.parametrize("form", ["bf16", "fp8"])
+def test_a_released_model_refuses_to_run_and_comes_back_the_same(folder, tmp_path, stages, form):
+    if form != "bf16":
+        convert(folder, tmp_path / "converted", form)
+        folder = tmp_path / "converted"
+    placed = placed_by(folder, *stages, form=form)
+    before, held = run(placed.backbone), placed.nbytes(torch.device("cpu"))
+    placed.release()
+    assert not placed.loaded and placed.nbytes(torch.device("cpu")) < held
+    assert all(getattr(module, name).is_meta for _, module in placed.backbone.adapted_modules() for name in module.ROOMS)
+    with pytest.raises(RequestError, match="unloaded"):
+        run(placed.backbone)
+    placed.load()
+    assert placed.nbytes(torch.device("cpu")) == held
+    assert torch.equal(run(placed.backbone), before)
+    handle = model(placed.backbone)
+    handle.loras = (InjectedLoRA(random_lora(handle, 0, rank=16), 0.7),)
+    with attached(handle):
+        assert not torch.equal(run(placed.backbone), before)
+
+
+def test_it_may_come_back_by_another_plan(folder):
+    placed = placed_by(folder)
+    before = run(placed.backbone)
+    placed.release()
+    placed.plan = plan(placed.backbone.config, stage(0, 2), stage(2, 3, (2, 3), "disk"))
+    placed.load()
+    assert torch.equal(run(placed.backbone), before)
+
+
+def test_a_cancelled_load_leaves_nothing_and_can_be_repeated(folder):
+    class Cancelled(Exception):
+        pass
+
+    def stop(done, total, latent):
+        if done == total:
+            raise Cancelled
+
+    config = BackboneConfig.from_folder(folder)
+    placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config))
+    with pytest.raises(Cancelled):
+        placed.load(stop)
+    assert not placed.loaded
+    placed.load()
+    assert torch.equal(run(placed.backbone), run(load(folder)))
