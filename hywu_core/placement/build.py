@@ -83,6 +83,8 @@ class Placed:
         for name in {stage.device for stage in plan.stages}:
             usable_device(name)
         loading = _Loading(self._files, plan.format, on_tick)
+        absent = [(module, name, parameter) for module in backbone.modules()
+                  for name, parameter in module._parameters.items() if parameter is not None and parameter.is_meta]
         try:
             loading.places |= self._rest()
             stages = []
@@ -93,6 +95,8 @@ class Placed:
                 stages.append(stage)
             loading.run()
         except BaseException:
+            for module, name, parameter in absent:
+                module._parameters[name] = parameter  # or half-read memory would count as loaded next time
             self.release()
             raise
         backbone.stages, backbone.waves, backbone.home = tuple(stages), plan.waves, torch.device(plan.home)

@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 import torch
 from comfyui_hywu.nodes.vae import HostVAE
-from comfyui_hywu.tests.comfy.inside_memory import Runs, empty_list, entries, load, photo  # noqa: F401  (fixtures)
+from comfyui_hywu.tests.comfy.inside_memory import ROOT, Runs, empty_list, entries, load  # noqa: F401  (a fixture)
+from PIL import Image
 
 
 @pytest.fixture(scope="module")
-def latent(photo) -> tuple[HostVAE, torch.Tensor, torch.Tensor]:
+def latent() -> tuple[HostVAE, torch.Tensor, torch.Tensor]:
     """The VAE of a loaded backbone, a latent of 12 x 28 cells, and its plain decode."""
     vae = HostVAE(load())
+    photo = Image.open(ROOT / "tests" / "data" / "photo.jpg").convert("RGB")
     wide = np.asarray(photo.resize((448, 192))).astype(np.float32) / 255
     samples = vae.encode(torch.from_numpy(wide)[None])
     return vae, samples, vae.decode(samples)

@@ -1,7 +1,7 @@
 """A good citizen: ComfyUI's buttons release our memory, the graph goes on as if nothing had been, and the plan is shown.
 
-What the API cannot show is tested inside ComfyUI's process: ``inside_memory.py`` and ``inside_vae.py``, whose tests are reported
-here one by one.
+What the API cannot show is tested inside ComfyUI's process: ``inside_memory.py`` and ``inside_vae.py``, whose tests are
+reported here one by one.
 """
 
 import re

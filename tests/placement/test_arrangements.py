@@ -221,18 +221,19 @@ def test_it_may_come_back_by_another_plan(folder):
     assert torch.equal(run(placed.backbone), before)
 
 
-def test_a_cancelled_load_leaves_nothing_and_can_be_repeated(folder):
+@pytest.mark.parametrize("when", [0, 1], ids=["before the first byte", "at the last one"])
+def test_a_cancelled_load_leaves_nothing_and_can_be_repeated(folder, when):
     class Cancelled(Exception):
         pass
 
     def stop(done, total, latent):
-        if done == total:
+        if done == when * total:
             raise Cancelled
 
     config = BackboneConfig.from_folder(folder)
     placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config))
     with pytest.raises(Cancelled):
         placed.load(stop)
-    assert not placed.loaded
+    assert not placed.loaded and placed.nbytes(torch.device("cpu")) == 0
     placed.load()
     assert torch.equal(run(placed.backbone), run(load(folder)))
