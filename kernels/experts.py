@@ -7,10 +7,12 @@ the way, and where the down projection's B side lies behind its columns the seco
 
 import torch
 
+from .grouped_gemm import chosen as grouped_gemm_choice
 from .grouped_gemm import grouped_gemm
 from .padding import beside
 from .reference import Adapter, swiglu
 from .routing import combine, route
+from .swiglu_lora import chosen as swiglu_lora_choice
 from .swiglu_lora import swiglu_lora
 
 # More tokens are done in pieces: at the published sizes a piece needs 2.7 GB on the way (its pairs and their first product),
@@ -53,6 +55,14 @@ def expert_mlp(
         y_PD += grouped_gemm(hidden_PH[:, inner:], down.b, ends_E)
     del hidden_PH
     return combine(y_PD, routes, weight_TK)
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> None:
+    """Try out the products of a GPU now, while no other thread uses it: trying makes any wait for it an error for a moment."""
+    if device.type == "cuda":
+        for in_line in (True, False):
+            grouped_gemm_choice(device, dtype, in_line)
+        swiglu_lora_choice(device, dtype)
 
 
 def _columns(x_PD: torch.Tensor, weights: tuple[torch.Tensor, ...], ends_E: torch.Tensor) -> torch.Tensor:

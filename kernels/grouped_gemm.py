@@ -63,7 +63,10 @@ def _library_works(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     x, weight = torch.ones(32, 16, device=device, dtype=dtype), torch.ones(2, 16, 16, device=device, dtype=dtype)
     ends = torch.tensor([16, 32], dtype=torch.int32, device=device)
-    before = torch.cuda.get_sync_debug_mode() if device.type == "cuda" else 0
+    before = 0
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # what others have queued fails as theirs, not as ours
+        before = torch.cuda.get_sync_debug_mode()
     try:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("error")

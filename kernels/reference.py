@@ -32,6 +32,12 @@ class Adapter(NamedTuple):
         scale = None if self.scale is None else self.scale.to(device)
         return Adapter(self.a.to(device, non_blocking=True), self.b.to(device, non_blocking=True), scale)
 
+    def pinned(self) -> "Adapter":
+        """In pinned memory where there is a GPU that will copy it, again and again."""
+        if not torch.cuda.is_available():
+            return self
+        return self._replace(a=self.a.contiguous().pin_memory(), b=self.b.contiguous().pin_memory())
+
     def scaled(self, u: torch.Tensor) -> torch.Tensor:
         """(..., R) products with a, times the scale in fp32, in their own dtype."""
         return u if self.scale is None else (u * self.scale).to(u.dtype)

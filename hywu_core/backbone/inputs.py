@@ -56,7 +56,7 @@ def canvas(
 
 
 def rope_table(backbone: Backbone, sequence: Sequence) -> Rope:
-    """Cosines and sines (L, Q) for a sequence, on the backbone's first device."""
+    """Cosines and sines (L, Q) for a sequence, where the backbone's sequences begin."""
     return _table(backbone, rope.positions(sequence.length, sequence.rope_spans(backbone.config.cond_token_attn_type)))
 
 

@@ -78,6 +78,11 @@ def attend(
     """Attention of grouped heads, (B, H, L, Q); the picture of a canvas is attended from without any mask."""
     grouped = q_BHLQ.shape[1] != k_BHLQ.shape[1]
     if not isinstance(mask, CanvasSight):
+        if grouped and mask is not None and q_BHLQ.is_cuda:
+            # No fused kernel takes both a mask and grouped heads, and the plain one makes all scores at once.
+            group = q_BHLQ.shape[1] // k_BHLQ.shape[1]
+            k_BHLQ, v_BHLQ = k_BHLQ.repeat_interleave(group, dim=1), v_BHLQ.repeat_interleave(group, dim=1)
+            grouped = False
         return F.scaled_dot_product_attention(q_BHLQ, k_BHLQ, v_BHLQ, attn_mask=mask, enable_gqa=grouped)
     special, seen = mask.causal_SK.shape
     first = F.scaled_dot_product_attention(

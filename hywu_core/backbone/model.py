@@ -5,7 +5,7 @@ what it is used for lies in ``condition``, ``think`` and ``sampling``.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 from torch import nn
@@ -76,12 +76,11 @@ class Backbone(nn.Module):
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Around a run of passes: what stages hold between two layers' turns is given back at the end, whatever happened."""
-        try:
+        with ExitStack() as ends:
+            for stage in self.stages:
+                ends.callback(stage.rest)
             with self.present("small"):
                 yield
-        finally:
-            for stage in self.stages:
-                stage.rest()
 
     def embed(self, ids_BL: torch.Tensor) -> torch.Tensor:
         """Token ids (B, L) on any device to their word embeddings (B, L, D) on the backbone's."""

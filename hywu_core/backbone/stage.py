@@ -4,6 +4,7 @@ The backbone is stages in a row, so placement over devices changes which stages 
 refers to its layers; the parameters are registered once, in the model.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -58,9 +59,14 @@ class Stage:
         rope = (rope[0].to(device), rope[1].to(device))
         mask = None if mask is None else mask.to(device)
         positions_L = None if positions_L is None else positions_L.to(device)
-        tokens = hidden_BLD.shape[0] * hidden_BLD.shape[1]
+        tokens, queued = hidden_BLD.shape[0] * hidden_BLD.shape[1], deque()
         for index, layer in enumerate(self.layers):
             with self.present(index, tokens):
                 hidden_BLD = layer(hidden_BLD, rope, mask, cache, index, positions_L)
+            if device.type == "cuda" and tokens > 1:
+                # A GPU only queues: two layers ahead are enough to keep it busy, more would make a cancel wait for them.
+                queued.append(torch.cuda.current_stream(device).record_event())
+                if len(queued) > 2:
+                    queued.popleft().synchronize()
             on_layer(self.first + index)
         return hidden_BLD

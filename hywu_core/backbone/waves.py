@@ -35,26 +35,32 @@ def run_in_waves(
     on_layer is called in the calling thread, once a layer and row, and may raise: the other threads then stop after the layer
     that they are in. The caches must have room already. Without gradients.
     """
-    ticks, stop = SimpleQueue(), Event()
+    ticks, stop, inference = SimpleQueue(), Event(), torch.is_inference_mode_enabled()
 
     def ticked(layer: int) -> None:
         if stop.is_set():
             raise _Stopped
         ticks.put(layer)
 
-    def turn(stage: Stage, row: int, before: Future | None, cache: KVCache | None) -> torch.Tensor:
-        with torch.no_grad():  # a setting of each thread
-            row_BLD = hidden_BLD[row : row + 1] if before is None else before.result()
-            return stage.run(row_BLD, rope, mask, cache, positions_L, ticked)
+    def turn(index: int, row: int, before: Future | None, cache: KVCache | None) -> torch.Tensor:
+        with torch.inference_mode(inference), torch.no_grad():  # settings of each thread
+            try:
+                row_BLD = hidden_BLD[row : row + 1] if before is None else before.result()
+                row_BLD = stages[index].run(row_BLD, rope, mask, cache, positions_L, ticked)
+                # Sent on from here, or the way to the next device would queue behind this one's next row.
+                return row_BLD if index + 1 == len(stages) else row_BLD.to(stages[index + 1].device)
+            except BaseException:
+                stop.set()  # what one row has met the others need not meet, too
+                raise
 
     with ExitStack() as threads:
         workers = [threads.enter_context(ThreadPoolExecutor(1, thread_name_prefix="hywu-stage")) for _ in stages]
         ends: list[Future] = []
         for row in range(len(hidden_BLD)):
             before = None
-            for index, (stage, worker) in enumerate(zip(stages, workers, strict=True)):
+            for index, worker in enumerate(workers):
                 cache = None if caches is None else caches[index].row(row)
-                before = worker.submit(turn, stage, row, before, cache)
+                before = worker.submit(turn, index, row, before, cache)
             # Comes after all ticks of its row, as the last stage's thread sends both.
             before.add_done_callback(lambda future: ticks.put(None))
             ends.append(before)
@@ -69,4 +75,7 @@ def run_in_waves(
         except BaseException:
             stop.set()
             raise
+        failures = [error for end in ends if (error := end.exception()) is not None]
+        if failures:
+            raise next((error for error in failures if not isinstance(error, _Stopped)), failures[0])
         return torch.cat([end.result() for end in ends])

@@ -59,6 +59,10 @@ class Codec:
         Raises:
             CheckpointError: the weight holds NaN or Inf, or values too large for the format's scales; comfy-kitchen is missing.
         """
+        with torch.cuda.device_of(weight):  # comfy-kitchen's kernels go to the current device
+            return self._pack_all(weight)
+
+    def _pack_all(self, weight: Tensor) -> dict[str, Tensor]:
         if weight.ndim == 2:
             return self._pack_checked(weight)
         packed = {name: torch.empty(shape, dtype=dtype, device=weight.device)
@@ -79,11 +83,12 @@ class Codec:
         if found != expected:
             raise ValueError(f"packed tensors {found} are no {self.format} weight of shape {list(out.shape)}, which has "
                              f"{expected}")
-        if out.ndim == 2:
-            self._unpack(tensors, out)
-        else:
-            for expert, matrix in enumerate(out):
-                self._unpack({name: tensor[expert] for name, tensor in tensors.items()}, matrix)
+        with torch.cuda.device_of(out):
+            if out.ndim == 2:
+                self._unpack(tensors, out)
+            else:
+                for expert, matrix in enumerate(out):
+                    self._unpack({name: tensor[expert] for name, tensor in tensors.items()}, matrix)
         return out
 
     def to_json(self, experts: int = 0) -> str:

@@ -90,8 +90,9 @@ def read_tensors(places: Mapping[str, Tensor], shards: Shards, on_tick: Tick = s
 def usable_device(name: torch.device | str) -> torch.device:
     """The device of that name, tried out. Raises RequestError if this machine or this torch has no such device."""
     try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
+        device = torch.empty(1, device=torch.device(name)).device  # with its number
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch built without CUDA
         said = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
         raise RequestError(f"the device {str(name)!r} cannot be used here ({said}): choose 'cpu', or 'cuda' where torch "

@@ -66,8 +66,8 @@ def attached(model: ModelHandle, on_layer: Callable[[], None] = lambda: None) ->
     """While the block runs, the handle's LoRAs act in its backbone; afterwards none does, whatever happened inside.
 
     LoRAs of strength 0 are left out. on_layer is called after each layer that was given its adapters, and may raise to cancel:
-    the first time the weights move to where there is room for a LoRA behind them. Raises LoRAError if another block is still
-    holding this backbone.
+    weights that nobody placed move the first time to where there is room behind them. Raises LoRAError if another block still
+    holds this backbone.
     """
     backbone = model.backbone
     _refuse_second(backbone)

@@ -58,9 +58,9 @@ class StreamedBlocks:
 
     def rest(self) -> None:
         """No block will be needed for a while: the ring's memory is given back."""
-        if self._ring is not None:
-            self._ring.close()
-        self._ring = None
+        ring, self._ring = self._ring, None
+        if ring is not None:
+            ring.close()
 
 
 def _take(block: nn.Module, views: Views) -> list[tuple[nn.Module, str, nn.Parameter]]:

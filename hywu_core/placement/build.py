@@ -10,7 +10,7 @@ from functools import partial
 
 import torch
 
-from ...kernels.experts import TOKENS_AT_ONCE
+from ...kernels.experts import TOKENS_AT_ONCE, choose
 from ..backbone.adapted import Adapted, Experts
 from ..backbone.layer import DecoderLayer, MixtureOfExperts
 from ..backbone.model import Backbone
@@ -69,6 +69,7 @@ class Placed:
         check_names(published, self._files.plain, UNUSED_VISION_HEAD)
         self._slabs: list[tuple[torch.device, int]] = []
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, on_tick: Tick = silent) -> None:
         """Bring everything to where the plan puts it; what is in memory already is moved and not read again.
@@ -83,20 +84,24 @@ class Placed:
         for name in {stage.device for stage in plan.stages}:
             usable_device(name)
         loading = _Loading(self._files, plan.format, on_tick)
-        absent = [(module, name, parameter) for module in backbone.modules()
-                  for name, parameter in module._parameters.items() if parameter is not None and parameter.is_meta]
+        absent = [(tensors, name, tensor) for module in backbone.modules() for tensors in (module._parameters, module._buffers)
+                  for name, tensor in tensors.items() if tensor is not None and tensor.is_meta]
+        stages: list[Stage] = []
         try:
             loading.places |= self._rest()
-            stages = []
             for part in plan.stages:
                 stage = Stage(backbone.model.layers[part.first : part.first + part.layers], part.first)
                 streaming = self._place_layers(stage, part, loading)
                 stage.present, stage.rest = streaming.present, streaming.rest
                 stages.append(stage)
+                on_tick(0, loading.total, None)
             loading.run()
+            for stage in stages:
+                choose(stage.device, plan.dtype)
         except BaseException:
-            for module, name, parameter in absent:
-                module._parameters[name] = parameter  # or half-read memory would count as loaded next time
+            for tensors, name, tensor in absent:
+                tensors[name] = tensor  # or half-read memory would count as loaded next time
+            backbone.stages = (*backbone.stages, *stages)
             self.release()
             raise
         backbone.stages, backbone.waves, backbone.home = tuple(stages), plan.waves, torch.device(plan.home)
@@ -250,13 +255,18 @@ class _Loading:
                     sources[path, name] = list(_sources(number, path, module, name))
         return OnDisk(layout, self._files.shards, sources)
 
+    @property
+    def total(self) -> int:
+        """MB to be read, as far as is known yet."""
+        entries = self._files.shards.entries
+        names = (*self.places, *(source for source, *_ in self._matrices))
+        return -(-sum(entries[name].nbytes for name in names) // MB)
+
     def run(self) -> None:
         """Read everything; ticks in MB over both parts."""
-        entries = self._files.shards.entries
-        first = sum(entries[name].nbytes for name in self.places)
-        total = -(-(first + sum(entries[name].nbytes for name, *_ in self._matrices)) // MB)
+        entries, total = self._files.shards.entries, self.total
+        done = sum(entries[name].nbytes for name in self.places)
         read_tensors(self.places, self._files.shards, lambda done, _, latent: self._on_tick(done, total, latent))
-        done = first
         for source, codec, fields, device in self._matrices:
             entry = entries[source]
             matrix = torch.empty(entry.shape, dtype=entry.dtype)

@@ -41,9 +41,15 @@ class Ring:
             raise ValueError(f"a ring needs a buffer and a layer, got {buffers} and {len(sizes)}")
         self._device, self._sizes, self._order, self._fetch = device, sizes, list(sizes), fetch
         most = max(size[WHOLE] for size in sizes.values())
-        self._slots = [_Slot(torch.empty(most, dtype=torch.uint8, device=device)) for _ in range(min(buffers, len(sizes)))]
+        # ComfyUI runs nodes in inference mode, which is a setting of its thread: what is made in it the worker could not fill.
+        with torch.inference_mode(False):
+            self._slots = [_Slot(torch.empty(most, dtype=torch.uint8, device=device)) for _ in range(min(buffers, len(sizes)))]
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="hywu-ring")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            # The buffers' memory may have been somebody else's a moment ago, with work on it still queued.
+            for slot in self._slots:
+                slot.released = torch.cuda.current_stream(device).record_event()
 
     @contextmanager
     def arrived(self, layer: int, part: int = WHOLE) -> Iterator[torch.Tensor]:
@@ -76,10 +82,12 @@ class Ring:
 
     def close(self) -> None:
         """Let what is on its way arrive, then give the buffers back."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
-        if self._stream is not None:
-            self._stream.synchronize()  # a copy into memory that somebody else has got by now would be written over theirs
-        self._slots.clear()
+        try:
+            self._worker.shutdown(wait=True, cancel_futures=True)
+            if self._stream is not None:
+                self._stream.synchronize()  # a copy into memory that somebody else has got by now would be written over theirs
+        finally:
+            self._slots.clear()
 
     def _after(self, layer: int, step: int) -> int:
         return self._order[(self._order.index(layer) + step) % len(self._order)]

@@ -26,20 +26,34 @@ def new_slab(nbytes: int, device: torch.device, copied_to: torch.device) -> torc
     Not by torch's pinned allocator, which rounds every block up to a power of two: 8 GiB for a layer of 5. Memory that cannot
     be pinned (a limit of the system) is used as it is, which costs speed; the log says so once.
     """
-    slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
+    with torch.inference_mode(False):
+        slab = torch.empty(nbytes, dtype=torch.uint8, device=device)
     if device.type == "cpu" and copied_to.type == "cuda" and nbytes:
         runtime = torch.cuda.cudart()
-        if int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0)) == 0:
+        code = int(runtime.cudaHostRegister(slab.data_ptr(), nbytes, 0))
+        if code == 0:
             weakref.finalize(slab, runtime.cudaHostUnregister, slab.data_ptr())
         else:
-            _say_unpinned(nbytes)
+            _discard_error(copied_to)
+            _say_unpinned(code)
     return slab
 
 
+def _discard_error(device: torch.device) -> None:
+    """CUDA keeps the error of a refused registration and hands it to the next kernel: let it be one that nobody needs."""
+    try:
+        torch.zeros(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        log.debug("HY-WU: discarded the error of a memory registration")
+
+
 @functools.cache
-def _say_unpinned(nbytes: int) -> None:
-    log.warning("HY-WU: %.1f GB of memory could not be pinned: streaming will be slower; raise the limit of locked memory "
-                "(ulimit -l) to change that", nbytes / 1e9)
+def _say_unpinned(code: int) -> None:
+    log.warning("HY-WU: memory could not be pinned (CUDA error %d): streaming will be slower. WSL, containers and the limit of "
+                "locked memory are the usual causes", code)
 
 
 class Stored(Protocol):
@@ -91,7 +105,7 @@ class OnDisk:
         for path, found in views.items():
             for name, view in found.items():
                 sources = self._sources[path, name]
-                if len(sources) == 1:
+                if len(self._shards.entries[sources[0]].shape) == view.ndim:
                     places[sources[0]] = self._without_room(view, sources[0])
                 else:
                     places |= {source: self._without_room(view[number], source) for number, source in enumerate(sources)}

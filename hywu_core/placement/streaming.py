@@ -50,9 +50,12 @@ class Streaming:
 
     def rest(self) -> None:
         """``Stage.rest``: no tokens will come for a while, others may have the memory."""
-        if self._ring is not None:
-            self._ring.close()
-        self._ring = self._compute = None
+        ring, self._ring, self._compute = self._ring, None, None
+        if ring is not None:
+            ring.close()
+        if self._stage.device.type == "cuda":
+            # Buffers of gigabytes: left in torch's cache, small tensors would split them and the next ring find no room.
+            torch.cuda.empty_cache()
 
     @contextmanager
     def present(self, index: int, tokens: int) -> Iterator[None]:
@@ -95,7 +98,8 @@ class Streaming:
             return streamed.compute.views(slab[: streamed.compute.nbytes if experts else streamed.compute.dense_nbytes])
         if self._compute is None:
             packed = [other.compute.nbytes for other in self._layers.values() if other.stored.layout.packed]
-            self._compute = torch.empty(max(packed), dtype=torch.uint8, device=self._stage.device)
+            with torch.inference_mode(False):
+                self._compute = torch.empty(max(packed), dtype=torch.uint8, device=self._stage.device)
         compute = streamed.compute
         views = compute.views(self._compute[: compute.nbytes if experts else compute.dense_nbytes])
         unpack(streamed.stored.layout, slab, streamed.layer, views, experts)

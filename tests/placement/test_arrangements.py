@@ -67,11 +67,29 @@ def test_an_arrangement_changes_no_bit(folder, name):
     assert torch.equal(run(load(folder, *ARRANGEMENTS[name])), run(load(folder)))
 
 
+@pytest.mark.parametrize("inference", [False, True], ids=["plain", "as ComfyUI runs it"])
 @pytest.mark.parametrize("ring", [1, 2, 3])
-def test_a_ring_between_memory_and_device_changes_no_bit(folder, ring, monkeypatch):
+def test_a_ring_between_memory_and_device_changes_no_bit(folder, ring, inference, monkeypatch):
+    """ComfyUI runs nodes in inference mode, which is a setting of its thread and not of the ring's."""
     through_the_ring(monkeypatch)
-    placed = load(folder, stage(0, LAYERS, range(LAYERS), ring=ring))
-    assert torch.equal(run(placed), run(load(folder)))
+    plain = load(folder)
+    expected, under_lora = run(plain), adapted(plain, 16)
+    with torch.inference_mode(inference):
+        placed = load(folder, stage(0, LAYERS, range(LAYERS), ring=ring))
+    with torch.inference_mode(inference), placed.at_work():
+        assert torch.equal(run(placed), expected)
+    with torch.inference_mode(inference), placed.at_work():
+        assert torch.equal(adapted(placed, 16), under_lora)
+
+
+@pytest.mark.parametrize("form", ["fp8", "bf16"])
+def test_waves_and_streams_together_in_inference_mode(folder, form, monkeypatch):
+    expected = run(load(folder, form=form))
+    through_the_ring(monkeypatch)
+    with torch.inference_mode():
+        placed = load(folder, stage(0, 2, (0, 1)), stage(2, 3, (2, 3, 4)), form=form, waves=True)
+        found = run(placed)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @torch.no_grad()
