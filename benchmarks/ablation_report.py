@@ -63,8 +63,8 @@ def report(path: Path) -> str:
     bundled, seeds, asked = data["bundled"], data["seeds"], data["asked"]
     lines = [
         "# The paper's experiments on hywu-mini", "",
-        f"Made by `python -m comfyui_hywu.benchmarks.ablation --seeds {asked['seeds']} --every {asked['every']}` in "
-        f"{data['minutes']} minutes on {data['machine']['cores']} cores.",
+        f"Made by `python -m comfyui_hywu.benchmarks.ablation --seeds {asked['seeds']} --every {asked['every']}` on "
+        f"{data['machine']['cores']} cores; its last process, going on where others stopped, took {data['minutes']} minutes.",
         f"{len(data['cases'])} cases: held-out views of scikit-image's photos x {len(data['edits'])} edits, held-out phrasings",
         "(a third of them Chinese), thinking by the model itself, PSNR in dB against the true edit.", "",
         "## What holds", "", "| claim | holds | measured |", "| --- | --- | --- |"]
@@ -86,7 +86,8 @@ def report(path: Path) -> str:
         for name in sorted(seeds[0]):
             digits = [spread([overall(each[name], what) for each in seeds]) for what in ("psnr", "ssim")]
             lines.append(f"| {name} | {digits[0]} | {digits[1]} |")
-        lines += ["", "Mean and standard deviation over seeds of the mean over edits."]
+        lines += ["", "Mean and standard deviation over seeds of the mean over edits. The bundled checkpoint had more steps; "
+                  "`docs/training.md` says what follows from that and what does not."]
     if "gradients" in data:
         lines += ["", "## Do the tasks pull one shared LoRA apart?", "",
                   "Cosine between the gradients of opposite edits on the static LoRA (same photos, same noise):", "",
