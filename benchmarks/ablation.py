@@ -18,10 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..hywu_core.cli import BUNDLED, Terminal
+from ..hywu_core.cli import BUNDLED
 from ..hywu_core.config import GeneratorConfig
 from ..hywu_core.generator.handle import GeneratorHandle, load_generator
 from ..hywu_core.handle import ModelHandle, load_model
+from ..hywu_core.terminal import Terminal
 from ..hywu_core.training import baselines, evaluate
 from ..hywu_core.training.edits import EDITS
 from ..hywu_core.training.generator_stage import new_generator, train_generator

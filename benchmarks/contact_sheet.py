@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from ..hywu_core.cli import BUNDLED, Terminal
+from ..hywu_core.cli import BUNDLED
 from ..hywu_core.edit import edit
 from ..hywu_core.generator.handle import load_generator
 from ..hywu_core.handle import load_model
+from ..hywu_core.terminal import Terminal
 from ..hywu_core.training import language
 from ..hywu_core.training.edits import EDITS, damaged
 from ..hywu_core.training.evaluate import views

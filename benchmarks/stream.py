@@ -17,7 +17,7 @@ import torch
 from ..hywu_core.backbone.model import Backbone, build_backbone
 from ..hywu_core.backbone.stage import Stage
 from ..hywu_core.config import BackboneConfig
-from ..hywu_core.placement.build import ROOM
+from ..hywu_core.placement.sizes import RANK
 from ..hywu_core.placement.slab import adapted_modules, compute_layout
 from ..hywu_core.placement.stored import InMemory, new_slab
 from ..hywu_core.placement.streaming import Streamed, Streaming
@@ -52,7 +52,7 @@ def backbone_of(layers: int, device: torch.device) -> tuple[Backbone, list[InMem
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     backbone, kept = build_backbone(BackboneConfig.from_dict(raw), dtype), []
     for layer in backbone.model.layers:
-        layout = compute_layout(layer, dtype, ROOM)
+        layout = compute_layout(layer, dtype, RANK)
         stored = InMemory(layout, new_slab(layout.nbytes, torch.device("cpu"), copied_to=device))
         for path, module in adapted_modules(layer):
             for name in module.ROOMS:

@@ -1,6 +1,6 @@
 """``hywu``: edit a photo, think aloud, look into a checkpoint or LoRA, make a checkpoint smaller or train one, from a terminal.
 
-Owns arguments, progress on a terminal and exit codes: 0 done, 1 refused (one line says why and what to do), 2 wrong arguments,
+Owns arguments and exit codes: 0 done, 1 refused (one line says why and what to do), 2 wrong arguments,
 130 interrupted. The work itself is ``edit.py``'s and ``describe.py``'s.
 """
 
@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 from .errors import HYWUError, RequestError
+from .terminal import Terminal
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "hywu-mini"
 PLANNED_THINKING = 1000  # tokens; what the published pipeline's texts have
@@ -45,28 +46,6 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return 0
-
-
-class Terminal:
-    """Progress of one stage as a line on stderr: rewritten in place on a terminal, one line a stage elsewhere."""
-
-    def __init__(self, name: str):
-        self.name = name
-        self.done = -1
-
-    def __call__(self, done: int, total: int, latent=None) -> None:
-        if done == self.done:
-            return
-        self.done = done
-        if sys.stderr.isatty():
-            print(f"\r{self.name:9s} {done}/{total} ", end="\n" if done == total else "", file=sys.stderr, flush=True)
-        elif done == total:
-            print(f"{self.name:9s} {done}/{total}", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        """End the line of a stage that stops before its total, as thinking does."""
-        if sys.stderr.isatty() and self.done >= 0:
-            print(file=sys.stderr)
 
 
 def _model_options(parser: argparse.ArgumentParser) -> None:

@@ -34,9 +34,9 @@ class Adapted(nn.Module):
     """A module with weights that have room for a LoRA behind them, see ``kernels/padding.py``.
 
     Weights get their room from whoever places them in a buffer (``place``); those that nobody placed when the first LoRA comes.
-    A side of a LoRA that does not fit into the room stays beside the weight. A module that is
-    *absent* has its weights on meta and gets them for the time of a forward pass only: ``place`` before it, ``leave`` after it.
-    The adapters that it is given meanwhile wait where they are.
+    A side of a LoRA that does not fit into the room stays beside the weight. A module that is *absent* has its weights on meta
+    and gets them for the time of a forward pass only: ``place`` before it, ``leave`` after it. The adapters that it is given
+    meanwhile wait where they are.
     """
 
     ROOMS: ClassVar[dict[str, Room]]

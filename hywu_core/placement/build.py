@@ -34,12 +34,12 @@ from ..errors import RequestError
 from ..progress import Tick, silent
 from .plan import Peak, Plan, StagePlan
 from .request import Request
+from .sizes import RANK
 from .slab import SlabLayout, adapted_modules, compute_layout, packed_layout, stored_layout
 from .stored import InMemory, OnDisk, new_slab
 from .streaming import Streamed, Streaming
-from .visits import reading, visiting
+from .visits import absent, put_back, reading, visiting
 
-ROOM = 16  # the rank that HY-WU writes; a LoRA of a higher one costs two more products a projection
 # The plan's parts and their submodules; "small" is everything else but the layers.
 PARTS = {"wte": ("model.wte",), "lm_head": ("lm_head", "model.ln_f"), "vision": ("vision_model", "vision_aligner"),
          "vae": ("vae",), "small": ()}
@@ -84,8 +84,7 @@ class Placed:
         for name in {stage.device for stage in plan.stages}:
             usable_device(name)
         loading = _Loading(self._files, plan.format, on_tick)
-        absent = [(tensors, name, tensor) for module in backbone.modules() for tensors in (module._parameters, module._buffers)
-                  for name, tensor in tensors.items() if tensor is not None and tensor.is_meta]
+        before = absent((backbone,))
         stages: list[Stage] = []
         try:
             loading.places |= self._rest()
@@ -99,8 +98,7 @@ class Placed:
             for stage in stages:
                 choose(stage.device, plan.dtype)
         except BaseException:
-            for tensors, name, tensor in absent:
-                tensors[name] = tensor  # or half-read memory would count as loaded next time
+            put_back(before)  # or half-read memory would count as loaded next time
             backbone.stages = (*backbone.stages, *stages)
             self.release()
             raise
@@ -157,7 +155,7 @@ class Placed:
 
     def _place_layers(self, stage: Stage, part: StagePlan, loading: "_Loading") -> Streaming:
         """Memory for the stage's layers: bound for good where they compute, else kept in stored form, brought at their turn."""
-        device, absent = torch.device(part.device), {}
+        device, streams = torch.device(part.device), {}
         for index, layer in enumerate(stage.layers):
             number, dtype = stage.first + index, layer.input_layernorm.weight.dtype
             stored, streamed = loading.layout(number, layer, dtype), stage.first + index in part.streamed
@@ -171,11 +169,11 @@ class Placed:
                 self._slabs.append((home, stored.nbytes))
                 loading.into_memory(number, layer, kept, device)
             if streamed or stored.packed:
-                absent[index] = Streamed(layer, kept, compute_layout(layer, dtype, ROOM))
+                streams[index] = Streamed(layer, kept, compute_layout(layer, dtype, RANK))
             else:
                 for path, module in adapted_modules(layer):
                     module.place(kept.views[path], for_good=True)
-        return Streaming(stage, absent, part.ring, experts_on_host=part.experts_on_host)
+        return Streaming(stage, streams, part.ring, experts_on_host=part.experts_on_host)
 
     def _set_visits(self) -> None:
         backbone, plan = self.backbone, self.plan
@@ -220,7 +218,7 @@ class _Loading:
             for name in module.ROOMS:
                 if (weight := self._weight(number, path, name)) is not None:
                     codecs[path, name] = weight.codec
-        return packed_layout(layer, dtype, codecs) if codecs else stored_layout(layer, dtype, ROOM, self._form)
+        return packed_layout(layer, dtype, codecs) if codecs else stored_layout(layer, dtype, RANK, self._form)
 
     def into_memory(self, number: int, layer: DecoderLayer, kept: InMemory, device: torch.device) -> None:
         """Read a layer into its slab; what is packed here is packed on ``device``."""

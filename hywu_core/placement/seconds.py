@@ -1,7 +1,7 @@
 """How long each phase of an edit takes on given devices: the larger of arithmetic, memory traffic and what comes over the link.
 
-Owns the arithmetic and the shares of the peak rates that a run is expected to
-reach. Predictions are for choosing between plans and for telling people what to expect; ``benchmarks/`` measure.
+Owns the arithmetic and the shares of the peak rates that a run is expected to reach. Predictions are for choosing between plans
+and for telling people what to expect; ``benchmarks/`` measure.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,7 @@ from . import activations
 from .devices import Device
 from .memory import CPU, DISK, VISITS, Choice, Task
 
-# Goals: of peak arithmetic, of a memory's bandwidth at one token, of a link that is prefetched
-# over.
+# Goals: of peak arithmetic, of a memory's bandwidth at one token, of a link that is prefetched over.
 ARITHMETIC, BANDWIDTH, LINK = 0.65, 0.6, 0.85
 # Memory traffic of unpacking in units of the compute form: what ``checkpoint/formats.py`` writes and reads on the way. fp8 goes
 # through the compute dtype once, int4 through indices, a table and a rotation, int8 through fp32.

@@ -21,11 +21,11 @@ from ..backbone.model import build_backbone
 from ..checkpoint.formats import FORMATS, codec
 from ..config import BackboneConfig
 from ..errors import PlacementError
+from .slab import ALIGNMENT
 
 PLAIN = FORMATS[0]  # as published: the compute form
 PACKED = FORMATS[1:]
-RANK = 16  # of the LoRA that there is room for: what HY-WU writes
-ALIGNMENT = 256
+RANK = 16  # of the LoRA that there is room for: what HY-WU writes; a higher one costs two more products a projection
 
 
 @functools.cache  # a search asks for few different weights many times

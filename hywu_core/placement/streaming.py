@@ -50,10 +50,11 @@ class Streaming:
 
     def rest(self) -> None:
         """``Stage.rest``: no tokens will come for a while, others may have the memory."""
-        ring, self._ring, self._compute = self._ring, None, None
+        ring, held = self._ring, self._ring is not None or self._compute is not None
+        self._ring = self._compute = None
         if ring is not None:
             ring.close()
-        if self._stage.device.type == "cuda":
+        if held and self._stage.device.type == "cuda":
             # Buffers of gigabytes: left in torch's cache, small tensors would split them and the next ring find no room.
             torch.cuda.empty_cache()
 

@@ -3,7 +3,7 @@
 Owns taking its tensors there and back. What stays behind is the one copy; leaving costs nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -37,14 +37,28 @@ def reading(modules: Mapping[str, nn.Module], shards: Shards, device: torch.devi
 
     modules: by their published paths, "" for a whole model.
     """
-    absent = [(part, name, parameter) for module in modules.values() for part in module.modules()
-              for name, parameter in part._parameters.items() if parameter is not None and parameter.is_meta]
+    before = absent(modules.values())
     try:
-        if absent:
+        if before:
             for path, module in modules.items():
                 materialise(module, device)
                 read_tensors(slots(module, path and path + "."), shards)
         yield device
     finally:
-        for part, name, parameter in absent:
-            part._parameters[name] = parameter
+        put_back(before)
+
+
+Absent = list[tuple[dict, str, torch.Tensor]]
+
+
+def absent(modules: Iterable[nn.Module]) -> Absent:
+    """Every parameter and buffer of ``modules`` that is on meta, and where it hangs."""
+    return [(tensors, name, tensor) for module in modules for part in module.modules()
+            for tensors in (part._parameters, part._buffers)
+            for name, tensor in tensors.items() if tensor is not None and tensor.is_meta]
+
+
+def put_back(before: Absent) -> None:
+    """On meta again what was ``absent``; its memory goes."""
+    for tensors, name, tensor in before:
+        tensors[name] = tensor
