@@ -54,7 +54,7 @@ test: setup test-transformers-5
 # What transformers can change: pictures, text, whole edits and parity. ComfyUI's own requirement is what .venv holds.
 test-transformers-5: $(READY5)
 	PYTHONPATH=$(TRANSFORMERS5) $(PY) -c "import transformers; print('transformers', transformers.__version__); assert transformers.__version__ >= '5'"
-	PYTHONPATH=$(TRANSFORMERS5) $(VENV)/bin/pytest -q $(addprefix --ignore tests/,backbone checkpoint comfy generator kernels lora placement training)
+	PYTHONPATH=$(TRANSFORMERS5) $(VENV)/bin/pytest -q $(addprefix --ignore tests/,backbone benchmarks checkpoint cluster comfy generator kernels lora placement training)
 
 parity: $(READY)
 	@$(PY) -m comfyui_hywu.tests.golden.parity "$(CASE)"

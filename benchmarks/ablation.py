@@ -22,6 +22,8 @@ from ..hywu_core.cli import BUNDLED
 from ..hywu_core.config import GeneratorConfig
 from ..hywu_core.generator.handle import GeneratorHandle, load_generator
 from ..hywu_core.handle import ModelHandle, load_model
+from ..hywu_core.lora.algebra import mean as mean_of
+from ..hywu_core.progress import Tick
 from ..hywu_core.terminal import Terminal
 from ..hywu_core.training import baselines, evaluate
 from ..hywu_core.training.edits import EDITS
@@ -34,6 +36,7 @@ from .record import RESULTS, machine
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png")
 STEPS = 2  # denoise steps; more change nothing
+STATIC, FULL = "c one static LoRA", "d full fine-tuning"
 
 
 def held_out_photos() -> list[Path]:
@@ -42,6 +45,11 @@ def held_out_photos() -> list[Path]:
 
     folder = Path(skimage.__file__).parent / "data"
     return [folder / name for name in PHOTOS]
+
+
+def config_of(recipe: Recipe) -> GeneratorConfig:
+    """Of a recipe's generator, and so of a static LoRA in its place."""
+    return GeneratorConfig.from_dict(generator_config(recipe.sizes, recipe.generator))
 
 
 def train_seed(run: Run, model: ModelHandle, recipe: Recipe, folder: Path):
@@ -54,17 +62,33 @@ def train_seed(run: Run, model: ModelHandle, recipe: Recipe, folder: Path):
     handle = GeneratorHandle(generator.eval().requires_grad_(False), config, f"ablation-{recipe.seed}")
     parameters = baselines.train_static(
         model.backbone, config, run.train, recipe.generator_stage, recipe.seed, folder, Terminal(f"static {recipe.seed}"))
+    return handle, parameters, fine_tuned(run, model, recipe, folder, Terminal(f"full {recipe.seed}"))
+
+
+def fine_tuned(run: Run, model: ModelHandle, recipe: Recipe, folder: Path, on_tick: Tick) -> ModelHandle:
+    """(d) a copy of the base, trained at half the rate."""
     tuned = copy.deepcopy(model.backbone)
     settings = replace(recipe.generator_stage, rate=recipe.generator_stage.rate / 2)
-    baselines.train_full(tuned, run.train, settings, recipe.seed, folder, Terminal(f"full {recipe.seed}"))
-    tuned.requires_grad_(False)
-    return handle, parameters, replace(model, backbone=tuned)
+    baselines.train_full(tuned, run.train, settings, recipe.seed, folder, on_tick)
+    return replace(model, backbone=tuned.requires_grad_(False))
+
+
+def arm_of_static(model: ModelHandle, asked: list, parameters: dict, config: GeneratorConfig) -> tuple:
+    """(c) as ``evaluate.paint`` takes it: a model, the cases, a LoRA for each."""
+    return model, asked, [baselines.static_lora(parameters, config)] * len(asked)
+
+
+def arm_of_tuned(tuned: ModelHandle, asked: list) -> tuple:
+    """(d) likewise; its conditions are its own."""
+    again = [replace(each, condition=evaluate.encode(tuned, each.case.pictures, each.case.instruction, each.thinking))
+             for each in asked]
+    return tuned, again, [None] * len(asked)
 
 
 def measure(model: ModelHandle, asked: list, generator: GeneratorHandle) -> tuple[dict, list]:
     """Scores of the variants that HY-WU's own LoRAs make, and these LoRAs."""
     loras = evaluate.written(generator, asked)
-    mean = evaluate.mean_lora(loras)
+    mean = mean_of(loras)
     variants = {
         "e HY-WU": loras,
         "f another request's LoRA": evaluate.shuffled(asked, loras),
@@ -80,7 +104,7 @@ def measure(model: ModelHandle, asked: list, generator: GeneratorHandle) -> tupl
 
 def gradients(run: Run, model: ModelHandle, recipe: Recipe, trained: dict) -> dict[str, list]:
     """Cosines between the tasks' gradients on the shared LoRA, at its start and when it is trained."""
-    config = GeneratorConfig.from_dict(generator_config(recipe.sizes, recipe.generator))
+    config = config_of(recipe)
     found = {}
     for name, parameters in (("start", baselines.static_parameters(config, recipe.seed)), ("trained", trained)):
         by_edit = baselines.task_gradients(model.backbone, config, parameters, run.train, 8, recipe.seed)
@@ -116,12 +140,9 @@ def measure_bundled(model: ModelHandle, asked: list, edits: tuple[str, ...], gen
 def measure_seed(run: Run, model: ModelHandle, asked: list, recipe: Recipe, folder: Path) -> dict:
     """Scores of (c), (d) and (e), trained alike; with the first seed the gradients of the tasks, too."""
     generator, parameters, tuned = train_seed(run, model, recipe, folder)
-    static = baselines.static_lora(parameters, generator.config)
-    again = [replace(each, condition=evaluate.encode(tuned, each.case.pictures, each.case.instruction, each.thinking))
-             for each in asked]
     arms = {
-        "c one static LoRA": (model, asked, [static] * len(asked)),
-        "d full fine-tuning": (tuned, again, [None] * len(asked)),
+        STATIC: arm_of_static(model, asked, parameters, generator.config),
+        FULL: arm_of_tuned(tuned, asked),
         "e HY-WU": (model, asked, evaluate.written(generator, asked))}
     made = {name: evaluate.scores(asked, evaluate.paint(*arm, steps=STEPS, on_tick=Terminal(name)))
             for name, arm in arms.items()}
@@ -132,7 +153,7 @@ def kept(path: Path, of: list, make: Callable[[], dict]) -> dict:
     """What ``path`` holds if it was made ``of`` the same, else what ``make`` makes, written there."""
     if path.is_file() and (found := json.loads(path.read_text()))["of"] == of:
         return found["made"]
-    made = _rounded(make())
+    made = rounded(make())
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"of": of, "made": made}) + "\n")
     return made
@@ -170,16 +191,16 @@ def main() -> None:
         if seed == 0:
             results["gradients"] = found["gradients"]
     results["minutes"] = round((time.time() - began) / 60, 1)
-    (RESULTS / "ablation.json").write_text(json.dumps(_rounded(results)) + "\n")
+    (RESULTS / "ablation.json").write_text(json.dumps(rounded(results)) + "\n")
     print(report(RESULTS / "ablation.json"))
 
 
-def _rounded(value):
+def rounded(value):
     if isinstance(value, float | np.floating):
         return round(float(value), 4)
     if isinstance(value, dict):
-        return {key: _rounded(each) for key, each in value.items()}
-    return [_rounded(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: rounded(each) for key, each in value.items()}
+    return [rounded(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 if __name__ == "__main__":

@@ -29,8 +29,11 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else f"{values[0]:.2f}"
 
 
-def claims(data: dict) -> list[tuple[str, bool, str]]:
-    """What was to be shown, whether it holds for the bundled checkpoint (or, where trained twins are needed, the seeds)."""
+def claims(data: dict, long: dict | None) -> list[tuple[str, bool, str]]:
+    """What was to be shown, whether it holds for the bundled checkpoint (or, where trained twins are needed, the seeds).
+
+    long: what ``ablation_long.py`` found, if it was run.
+    """
     bundled, seeds = data["bundled"], data["seeds"]
     hywu, ceiling = means(bundled["e HY-WU"]), means(bundled["z VAE of the true edit"])
     base = overall(bundled["b frozen base"])
@@ -52,8 +55,14 @@ def claims(data: dict) -> list[tuple[str, bool, str]]:
     ]
     if seeds:
         gains = [overall(each["e HY-WU"]) - overall(each["c one static LoRA"]) for each in seeds]
-        found.insert(1, ("HY-WU at least 1.5 dB above one static LoRA of the same steps (mean over seeds)",
+        steps = data["recipe"]["generator_stage"]["steps"]
+        found.insert(1, (f"HY-WU at least 1.5 dB above one static LoRA, both after {steps:,} steps (mean over seeds)",
                          float(np.mean(gains)) >= 1.5, f"{spread(gains)} dB"))
+    for name, arm in (long or {"arms": {}})["arms"].items():
+        gain = overall(bundled["e HY-WU"]) - overall(arm["scores"])
+        found.insert(1, (f"the bundled HY-WU ({long['steps']:,} steps) at least 1.5 dB above {name[2:]} after "
+                         f"{arm['steps']:,} of them (one seed)", gain >= 1.5,
+                         f"{overall(bundled['e HY-WU']):.2f} against {overall(arm['scores']):.2f}: {gain:+.2f} dB"))
     return found
 
 
@@ -61,6 +70,8 @@ def report(path: Path) -> str:
     """Write the page and the plots; returns the page."""
     data = json.loads(path.read_text())
     bundled, seeds, asked = data["bundled"], data["seeds"], data["asked"]
+    beside = path.with_name("ablation-long.json")
+    long = json.loads(beside.read_text()) if beside.is_file() else None
     lines = [
         "# The paper's experiments on hywu-mini", "",
         f"Made by `python -m comfyui_hywu.benchmarks.ablation --seeds {asked['seeds']} --every {asked['every']}` on "
@@ -68,7 +79,9 @@ def report(path: Path) -> str:
         f"{len(data['cases'])} cases: held-out views of scikit-image's photos x {len(data['edits'])} edits, held-out phrasings",
         "(a third of them Chinese), thinking by the model itself, PSNR in dB against the true edit.", "",
         "## What holds", "", "| claim | holds | measured |", "| --- | --- | --- |"]
-    lines += [f"| {what} | {'yes' if holds else '**no**'} | {measured} |" for what, holds, measured in claims(data)]
+    lines += [f"| {what} | {'yes' if holds else '**no**'} | {measured} |" for what, holds, measured in claims(data, long)]
+    if long:
+        bundled = bundled | {f"{name}, {arm['steps']:,} steps": arm["scores"] for name, arm in long["arms"].items()}
     names = sorted(bundled)
     lines += ["", "## The bundled checkpoint, edit by edit", "",
               "| edit | " + " | ".join(names) + " | phrasings understood |", "| --- |" + " --- |" * (len(names) + 1)]
@@ -86,8 +99,9 @@ def report(path: Path) -> str:
         for name in sorted(seeds[0]):
             digits = [spread([overall(each[name], what) for each in seeds]) for what in ("psnr", "ssim")]
             lines.append(f"| {name} | {digits[0]} | {digits[1]} |")
-        lines += ["", "Mean and standard deviation over seeds of the mean over edits. The bundled checkpoint had more steps; "
-                  "`docs/training.md` says what follows from that and what does not."]
+        lines += ["", "Mean and standard deviation over seeds of the mean over edits. The bundled checkpoint had more steps: "
+                  "(c) and (d) trained as long as it are in the table above if they are measured "
+                  "(`python -m comfyui_hywu.benchmarks.ablation_long`); `docs/training.md` says what follows."]
     if "gradients" in data:
         lines += ["", "## Do the tasks pull one shared LoRA apart?", "",
                   "Cosine between the gradients of opposite edits on the static LoRA (same photos, same noise):", "",

@@ -17,10 +17,10 @@ from ..hywu_core.placement.plan import plan
 from ..hywu_core.placement.request import Request
 from ..hywu_core.placement.sizes import model_sizes
 from ..hywu_core.placement.table import row
+from .record import between
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "placement.md"
-BEGIN, END = "<!-- plans -->", "<!-- end of plans -->"
 MACHINES = (
     ("8x40", "auto"), ("4x80", "auto"), ("2x141", "auto"), ("1x141", "fp8"), ("1x96", "int4"), ("2x48", "auto"),
     ("2x48", "int4"), ("1x32+128ram", "auto"), ("1x24+64ram", "auto"), ("2x24+192ram", "int4"), ("24,48+96ram", "auto"),
@@ -35,8 +35,7 @@ def main() -> None:
     table = _table()
     print(table)
     if parser.parse_args().write:
-        before, rest = PAGE.read_text().split(BEGIN)
-        PAGE.write_text(f"{before}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}")
+        PAGE.write_text(between(PAGE.read_text(), "plans", table))
 
 
 def _table() -> str:

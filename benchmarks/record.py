@@ -1,4 +1,5 @@
-"""Writes a benchmark's figures to ``benchmarks/results/NAME.json`` with the machine they were measured on."""
+"""Writes a benchmark's figures to ``benchmarks/results/NAME.json`` with the machine they were measured on, and text into
+pages of ``docs/``."""
 
 import json
 import os
@@ -20,6 +21,13 @@ def machine() -> dict:
     return {
         "processor": processor, "cores": os.cpu_count(), "torch": torch.__version__, "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None}
+
+
+def between(page: str, name: str, text: str) -> str:
+    """A page of ``docs/`` with ``text`` between its markers ``<!-- NAME -->`` and ``<!-- end of NAME -->``."""
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}"
 
 
 def record(name: str, figures: dict) -> None:

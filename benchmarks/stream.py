@@ -1,9 +1,11 @@
 """Streaming layers through a ring: how near a pass comes to the slower of its two floors, the link's and the computation's.
 
 ``python -m comfyui_hywu.benchmarks.stream`` runs a random backbone on the CPU whose layers come over a fake link: so many
-bytes a second that the way of a layer takes ``--balance`` times as long as its work; a timeline of one pass is printed.
+bytes a second that the way of a layer takes ``--balance`` times as long as its work; a timeline of one pass is printed. One
+core is left to the link: a GPU's copies cost its arithmetic nothing, the fake link's are the CPU's, and with all cores at work
+they took 15 to 25 % from it (and another share in each pass).
 ``--device cuda`` streams real layers from pinned memory, beside accelerate's CPU offload. All arms are interleaved in one
-process; ratios are of medians.
+process; a share is the median of the rounds' shares, each of a floor that was measured in the same round.
 """
 
 import argparse
@@ -74,10 +76,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--balance", type=float, nargs="+", default=[0.5, 1.0, 2.0],
                         help="the way of a layer over its work (fake link only)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--record", action="store_true", help="write the figures to benchmarks/results/")
     options = parser.parse_args()
     device = torch.device(options.device)
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, torch.get_num_threads() - 1))
     backbone, kept, dtype = backbone_of(options.layers, device)
     layers, width, head = backbone.model.layers, backbone.config.hidden_size, backbone.config.attention_head_dim
     hidden = torch.randn(2, options.tokens // 2, width, device=device, dtype=dtype)
@@ -110,41 +114,36 @@ def main() -> None:
         stage.present, stage.rest = streaming.present, streaming.rest
         return stage
 
-    stage = resident()
-    seconds(stage)
-    estimate = statistics.median(seconds(stage) for _ in range(3))
+    seconds(resident())
     nbytes = sum(stored.layout.nbytes for stored in kept)
     figures = {"device": str(device), "layers": options.layers, "tokens": options.tokens, "bytes_a_layer": nbytes // len(kept),
                "arms": []}
     balances = options.balance if device.type == "cpu" else [None]
     for balance in balances:
-        if balance is None:
-            buffer = torch.empty(kept[0].layout.nbytes, dtype=torch.uint8, device=device)
-            begun = time.perf_counter()
-            for stored in kept:
-                buffer.copy_(stored.slab, non_blocking=True)
-            torch.cuda.synchronize(device)
-            rate, way = None, time.perf_counter() - begun
-            del buffer
-        else:
-            rate, way = nbytes / (estimate * balance), estimate * balance
-        times: dict[int, list[float]] = {}
+        way = None if balance else link_seconds(kept, device)
+        rounds: dict[int, list[tuple[float, float]]] = {0: [], 1: [], 2: [], 3: []}  # buffers -> (seconds, the floor's)
         for _ in range(options.rounds):
-            times.setdefault(0, []).append(seconds(resident()))
+            # A fake link's speed and the floor follow the machine, which has other minutes and other rates.
+            before = seconds(resident())
+            now = before * balance if balance else way
             for buffers in (1, 2, 3):
                 log: list = []
-                stage = streamed(buffers, rate, log)
+                stage = streamed(buffers, nbytes / now if balance else None, log)
                 seconds(stage)  # the first pass has nobody before it to fetch ahead
-                times.setdefault(buffers, []).append(seconds(stage, log))
+                rounds[buffers].append((seconds(stage, log), now))
                 stage.rest()
-        medians = {buffers: statistics.median(values) for buffers, values in times.items()}
-        work = medians.pop(0)
-        floor = max(work, way)
+            rounds[0].append(((before + seconds(resident())) / 2, now))
+        work = statistics.median(value for value, _ in rounds[0])
+        shares = {buffers: [max(own, now) / value for (value, now), (own, _) in zip(rounds[buffers], rounds[0], strict=True)]
+                  for buffers in (1, 2, 3)}
+        medians = {buffers: statistics.median(values) for buffers, values in shares.items()}
+        ratio = balance or way / work
         figures["arms"].append({
-            "way_over_work": way / work, "resident_seconds": work, "floor_seconds": floor, "share_of_floor": {
-                str(buffers): floor / value for buffers, value in medians.items()}})
-        print(f"way {way / work:4.2f} of the work: " + ", ".join(
-            f"{buffers} buffer{'s' * (buffers > 1)} {floor / value:6.1%} of the floor" for buffers, value in medians.items()))
+            "way_over_work": ratio, "resident_seconds": work,
+            "share_of_floor": {str(buffers): value for buffers, value in medians.items()},
+            "share_of_floor_by_round": {str(buffers): values for buffers, values in shares.items()}})
+        print(f"way {ratio:4.2f} of the work: " + ", ".join(
+            f"{buffers} buffer{'s' * (buffers > 1)} {value:6.1%} of the floor" for buffers, value in medians.items()))
     if device.type == "cpu":
         print("timeline of the last pass, three buffers (ms since its begin):")
         start = min(begun for kind, _, begun, _ in log if kind == "work")
@@ -152,10 +151,22 @@ def main() -> None:
             if ended > start:
                 print(f"  {kind:5s} layer {number}  {1e3 * (begun - start):7.0f} to {1e3 * (ended - start):7.0f}")
     else:
-        figures["accelerate_over_ours"] = offloaded(backbone, kept, device, seconds) / medians[2]
+        ours = statistics.median(value for value, _ in rounds[2])
+        figures["accelerate_over_ours"] = offloaded(backbone, kept, device, seconds) / ours
         print(f"accelerate's CPU offload takes {figures['accelerate_over_ours']:.2f} x the time of two buffers")
     if options.record:
         record(f"stream-{device.type}", figures)
+
+
+def link_seconds(kept: list[InMemory], device: torch.device) -> float:
+    """How long the layers take from pinned memory with nothing else to do."""
+    buffer = torch.empty(kept[0].layout.nbytes, dtype=torch.uint8, device=device)
+    torch.cuda.synchronize(device)
+    begun = time.perf_counter()
+    for stored in kept:
+        buffer.copy_(stored.slab, non_blocking=True)
+    torch.cuda.synchronize(device)
+    return time.perf_counter() - begun
 
 
 def offloaded(backbone: Backbone, kept: list[InMemory], device: torch.device, seconds) -> float:

@@ -1,4 +1,5 @@
-"""``hywu``: edit a photo, think aloud, look into a checkpoint or LoRA, make a checkpoint smaller or train one, from a terminal.
+"""``hywu``: edit a photo, think aloud, look into a checkpoint or LoRA, make a checkpoint smaller, train or serve
+one, from a terminal.
 
 Owns arguments and exit codes: 0 done, 1 refused (one line says why and what to do), 2 wrong arguments,
 130 interrupted. The work itself is ``edit.py``'s and ``describe.py``'s.
@@ -7,31 +8,38 @@ Owns arguments and exit codes: 0 done, 1 refused (one line says why and what to 
 import argparse
 import os
 import sys
-import tempfile
 from pathlib import Path
 
+from .cli_cluster import serve_parser, status_parser
+from .cli_lora import LORA_PARSERS
+from .cli_map import map_parser
 from .errors import HYWUError, RequestError
+from .picture_file import check_picture, check_place, save_picture
 from .terminal import Terminal
 
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "hywu-mini"
 PLANNED_THINKING = 1000  # tokens; what the published pipeline's texts have
-COMMANDS = ("edit", "think", "inspect", "plan", "convert", "train")
+COMMANDS = ("edit", "think", "inspect", "plan", "convert", "lora", "map", "train", "serve", "status")
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    name, commands = "hywu", COMMANDS
     parsers = {"edit": _edit_parser, "think": _think_parser, "inspect": _inspect_parser, "plan": _plan_parser,
-               "convert": _convert_parser, "train": _train_parser}
+               "convert": _convert_parser, "map": map_parser, "train": _train_parser, "serve": serve_parser,
+               "status": status_parser}
+    if arguments[:1] == ["lora"]:
+        name, commands, parsers, arguments = "hywu lora", tuple(LORA_PARSERS), LORA_PARSERS, arguments[1:]
     if not arguments or arguments[0] not in parsers:
         wants_help = bool(arguments) and arguments[0] in ("-h", "--help")
-        print(f"usage: hywu {{{','.join(COMMANDS)}}} ...   (hywu COMMAND --help says more)",
+        print(f"usage: {name} {{{','.join(commands)}}} ...   ({name} COMMAND --help says more)",
               file=sys.stdout if wants_help else sys.stderr)
         return 0 if wants_help else 2
     parser, run = parsers[arguments[0]]()
     # Intermixed, so that an option may stand between the pictures and the instruction.
     options = parser.parse_intermixed_args(arguments[1:])
-    if not getattr(options, "pictures", True) and Path(options.instruction).is_file():
+    if getattr(options, "pictures", None) == [] and os.path.isfile(options.instruction):
         parser.error(f"{options.instruction} is a file and the only argument: say what is to be done with it")
     try:
         run(options)
@@ -45,6 +53,10 @@ def main(arguments: list[str] | None = None) -> int:
         # Whoever read our output has gone (`hywu inspect ... | head`); keep Python from complaining when it closes stdout.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        # A name that is too long, a folder that may not be looked into: wherever a path was first touched.
+        print(f"hywu: {error}: check that the path is right and may be used", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -54,6 +66,8 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
                                                          "or a torch device for everything (default: auto)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"),
                         help="what to compute in (default: float32 on the CPU, else the checkpoint's)")
+    parser.add_argument("--cluster", metavar="ADDRESS", help="use the model that `hywu serve` has brought up there, instead of "
+                                                             "--model, --generator, --device and --dtype")
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -78,16 +92,20 @@ def _edit_parser():
 
 
 def _edit(options: argparse.Namespace) -> None:
-    _check_output(options.output)
+    check_picture(options.output)
     if options.save_lora:
         if options.lora or options.no_lora:
             raise RequestError("--save-lora saves the LoRA that a generator writes, but --lora and --no-lora load none: "
                                "leave one of them out")
-        _check_place(options.save_lora)
+        if options.save_lora.suffix != ".safetensors":
+            raise RequestError(f"--save-lora {options.save_lora}: LoRA files are found by their ending; give a name that ends "
+                               "in .safetensors")
+        check_place(options.save_lora)
     from .edit import edit
     from .generator.handle import load_generator
     from .lora.attach import inject
     from .lora.files import load_lora, save_lora
+    from .lora.sketch import sketch, sketch_text
     from .vision.pictures import load_picture
 
     pictures = [load_picture(path) for path in options.pictures]
@@ -95,6 +113,8 @@ def _edit(options: argparse.Namespace) -> None:
     generator = None
     if options.lora:
         model = inject(model, load_lora(options.lora), options.strength)
+    elif options.cluster and not options.no_lora:
+        generator = _client(options).generator()
     elif not options.no_lora:
         where = {"device": options.device}
         if plan is not None:
@@ -113,12 +133,12 @@ def _edit(options: argparse.Namespace) -> None:
         model, generator, pictures, options.instruction, thinking=options.thinking, steps=options.steps,
         guidance=options.guidance, shift=options.shift, seed=options.seed, size=options.size, strength=options.strength,
         on_stage=on_stage)
-    _save_picture(result.picture, options.output)
+    save_picture(result.picture, options.output)
     print(f"{options.output}  {result.picture.width} x {result.picture.height}")
     if result.thinking:
         print(f"thinking: {result.thinking}")
     if options.save_lora and result.lora is not None:
-        save_lora(result.lora, options.save_lora)
+        save_lora(result.lora, options.save_lora, picture=result.picture, sketch=sketch_text(sketch(result.lora)))
         print(f"{options.save_lora}  {result.lora.num_values} values, rank {result.lora.rank}")
 
 
@@ -185,15 +205,27 @@ def _plan(options: argparse.Namespace) -> None:
     from .generator.sizes import generator_sizes
     from .placement.devices import find_devices, parse_devices
     from .placement.plan import plan
+    from .placement.request import within_positions
     from .placement.table import describe
     from .placement.wanted import request_for, sizes_for
 
     devices = find_devices() if options.devices is None else parse_devices(options.devices)
-    generator = None if options.generator is None else generator_sizes(_generator_config(options.generator))
-    sizes = sizes_for(options.checkpoint, devices, None if options.dtype is None else _dtype(options))
+    sizes, generator = sizes_for(options.checkpoint, devices, None if options.dtype is None else _dtype(options)), None
+    if options.generator is not None:
+        config = _generator_config(options.generator)
+        made_for, there = ((config.num_base_model_layers, config.input_dim),
+                           (sizes.config.num_hidden_layers, sizes.config.hidden_size))
+        if made_for != there:
+            raise RequestError(f"{options.generator} writes for {made_for[0]} layers of width {made_for[1]}, "
+                               f"{options.checkpoint} has {there[0]} of width {there[1]}: give the generator made for it")
+        generator = generator_sizes(config, sizes.dtype)  # `hywu edit` loads both in one dtype
     request = request_for(options.checkpoint, sizes.config, size=options.size, pictures=options.pictures, steps=options.steps,
                           guidance=options.guidance, thinking=options.thinking)
-    print(describe(plan(sizes, devices, request, format=options.format, generator=generator, streaming=options.streaming)))
+    fitting = within_positions(sizes.config, request)
+    if fitting.thinking < request.thinking:
+        print(f"hywu: {request.thinking} tokens of thinking do not fit into the backbone's "
+              f"{sizes.config.max_position_embeddings} positions, planned with {fitting.thinking}", file=sys.stderr)
+    print(describe(plan(sizes, devices, fitting, format=options.format, generator=generator, streaming=options.streaming)))
 
 
 def _generator_config(path: Path):
@@ -253,7 +285,9 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _load_model(options: argparse.Namespace, generator: Path | None = None):
-    """The backbone, and the plan that it was loaded by (None for a device that was asked for)."""
+    """The backbone, and the plan that it was loaded by (None for a cluster, or a device that was asked for)."""
+    if options.cluster:
+        return _client(options).model(), None
     from .handle import load_model
 
     if options.device != "auto":
@@ -273,10 +307,16 @@ def _load_model(options: argparse.Namespace, generator: Path | None = None):
                           steps=getattr(options, "steps", None), guidance=getattr(options, "guidance", None),
                           thinking=PLANNED_THINKING)
     found = plan(sizes, devices, within_positions(sizes.config, request),
-                 generator=None if generator is None else generator_sizes(_generator_config(generator)))
+                 generator=None if generator is None else generator_sizes(_generator_config(generator), sizes.dtype))
     if len(devices) > 1 or found.streamed:
         print(describe(found), file=sys.stderr)
     return load_model(options.model, plan=found, on_tick=Terminal("backbone")), found
+
+
+def _client(options: argparse.Namespace):
+    from .cluster.client import client_of
+
+    return client_of(options.cluster, lambda text: print(f"hywu: {text}", file=sys.stderr, flush=True))
 
 
 def _planned_size(options: argparse.Namespace) -> str:
@@ -291,51 +331,6 @@ def _dtype(options: argparse.Namespace):
     if options.dtype:
         return getattr(torch, options.dtype)
     return torch.float32 if getattr(options, "device", None) == "cpu" else None
-
-
-def _check_output(path: Path) -> None:
-    """Refuse a file that could not be written, before minutes of work. Raises RequestError."""
-    from PIL import Image
-
-    # Pillow can read more formats than it can write.
-    if path.suffix.lower() not in Image.registered_extensions() or _format(path) not in Image.SAVE:
-        raise RequestError(f"{path}: '{path.suffix}' names no picture format; end the name in .png, .jpg or .webp")
-    _check_place(path)
-
-
-def _check_place(path: Path) -> None:
-    """Refuse a name that no file can have, before minutes of work. Raises RequestError."""
-    if "\0" in str(path):
-        raise RequestError(f"{str(path)!r}: a file name cannot hold a NUL byte; choose another name")
-    if not path.absolute().parent.is_dir():
-        raise RequestError(f"{path}: the folder {path.absolute().parent} is not there; make it first")
-    if path.is_dir():
-        raise RequestError(f"{path} is a folder; give the name of a file in it")
-
-
-def _save_picture(picture, path: Path) -> None:
-    """Write the picture whole or not at all. Raises RequestError if the disk refuses."""
-    handle, scratch = tempfile.mkstemp(dir=path.absolute().parent, prefix=".hywu-", suffix=path.suffix)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            picture.save(file, format=_format(path))
-            file.flush()
-            os.fsync(file.fileno())
-        # mkstemp makes files that only their owner can read; a picture is an ordinary file.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(scratch, 0o666 & ~umask)
-        os.replace(scratch, path)
-    except OSError as error:
-        raise RequestError(f"{path} could not be written ({error}): free some space or choose another folder") from None
-    finally:
-        Path(scratch).unlink(missing_ok=True)
-
-
-def _format(path: Path) -> str:
-    from PIL import Image
-
-    return Image.registered_extensions()[path.suffix.lower()]
 
 
 if __name__ == "__main__":

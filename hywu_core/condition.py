@@ -12,6 +12,7 @@ from PIL import Image
 
 from .backbone import inputs
 from .backbone.pictures import EncodedPicture, encode_picture, posterior_noise
+from .elsewhere import done_where_the_model_is
 from .errors import PictureError
 from .handle import ModelHandle
 from .progress import Tick, silent
@@ -44,6 +45,7 @@ class Condition:
         return tuple(picture.digest for picture in self.pictures)
 
 
+@done_where_the_model_is
 def encode(
     model: ModelHandle,
     pictures: Sequence[Image.Image],

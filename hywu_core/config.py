@@ -206,7 +206,10 @@ class GenerationConfig:
 
     @classmethod
     def from_folder(cls, folder: Path, config: BackboneConfig) -> "GenerationConfig":
-        raw = read_json(Path(folder) / "generation_config.json")
+        return cls.from_dict(read_json(Path(folder) / "generation_config.json"), config)
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any], config: BackboneConfig) -> "GenerationConfig":
         known = {key: raw[key] for key in cls.__dataclass_fields__ if raw.get(key) is not None}
         for key, value in known.items():
             kind = type(cls.__dataclass_fields__[key].default)

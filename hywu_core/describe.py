@@ -1,6 +1,7 @@
 """What lies in a checkpoint folder or a LoRA file, as text: ``hywu inspect``.
 
-Reads headers and the small tensors of fingerprints only, so an 80 B checkpoint is described in seconds.
+Reads headers and the small tensors of fingerprints only, so an 80 B checkpoint is described in seconds; of a LoRA file the
+values only where its header has no digest.
 """
 
 import re
@@ -8,11 +9,13 @@ from collections import Counter
 from pathlib import Path
 
 from .checkpoint import UNUSED_VISION_HEAD, Shards, backbone_fingerprint, generator_fingerprint, open_shards
+from .checkpoint.packed import QUANT
 from .config import BackboneConfig, GenerationConfig, GeneratorConfig
 from .errors import CheckpointError
 from .json_fields import read_json
 
 GENERATOR_TYPE = "parameter_generator"
+SHOWN = 4000  # characters of an instruction or a thinking text
 
 
 def describe(path: Path) -> str:
@@ -64,20 +67,30 @@ def _describe_generator(folder: Path, shards: Shards) -> str:
 
 
 def _describe_lora(path: Path) -> str:
-    from .lora.files import load_lora
+    from .lora.files import load_lora, read_summary
+    from .lora.header import shown
 
-    lora = load_lora(path)
-    origin = lora.provenance
+    found = read_summary(path)
+    lora, origin = found.frame, found.provenance
+    experts = lora.num_layers * max(target.experts for target in lora.targets)
+    kept = "" if found.form.kept is None else f", {sum(map(len, found.form.kept))} of {experts} experts kept"
+    error = "" if found.error is None else f", relative error of the update {found.error:.3%}"
+    thumbnail = "none" if found.thumbnail is None else f"{len(found.thumbnail)} bytes"
+    weighted = "" if set(lora.rank_weights) == {1.0} else f", weights of the ranks {shown(list(lora.rank_weights), 200)}"
     lines = [
         f"{path}: LoRA of HY-WU, {lora.num_values} values ({_size(lora.nbytes)}, {_dtype(lora.dtype)}), "
         f"{lora.num_layers} layers",
-        f"  rank {lora.rank}, alpha {lora.alpha:g}: scale {lora.scale:g} at strength 1",
+        f"  stored {found.form.stored}, {_size(found.nbytes)}{kept}{error}; thumbnail {thumbnail}",
+        f"  rank {lora.rank}, alpha {lora.alpha:g}: scale {lora.scale:g} at strength 1{weighted}",
         *(f"    {target.name}: {target.in_features} -> {target.out_features}"
           f"{f', {target.experts} experts' if target.experts else ''}" for target in lora.targets),
-        f"  instruction {origin.instruction!r}, seed {origin.seed}, source pictures {len(origin.picture_digests)}",
-        f"  thinking {origin.thinking!r}",
-        f"  backbone {origin.backbone_fingerprint}, generator {origin.generator_fingerprint}",
-        f"  digest {lora.digest}",
+        *([f"  made: {shown(origin.made, SHOWN)}"] if origin.made else []),
+        f"  instruction {shown(origin.instruction, SHOWN)}, seed {origin.seed}, source pictures {len(origin.picture_digests)}",
+        f"  thinking {shown(origin.thinking, SHOWN)}",
+        f"  backbone {shown(origin.backbone_fingerprint, 80)[1:-1]}, "
+        f"generator {shown(origin.generator_fingerprint, 80)[1:-1]}",
+        # The only thing that needs the values, and only of files that were written without it.
+        f"  digest {found.digest or load_lora(path).digest}",
     ]
     return "\n".join(lines)
 
@@ -97,10 +110,12 @@ def _weights(shards: Shards, unused: frozenset[str] = frozenset()) -> list[str]:
         total += _numel(entry.shape)
     skipped = sum(name in unused for name in shards.entries)
     stored = ", ".join(f"{dtype} {_size(nbytes)}" for dtype, nbytes in dtypes.most_common())
-    lines = [f"  {len(shards.entries) - skipped} tensors, {total} parameters: {stored}"]
+    # Of packed weights the values are bytes of codes and scales, not parameters.
+    what = "stored values" if any(name.endswith(QUANT) for name in shards.entries) else "parameters"
+    lines = [f"  {len(shards.entries) - skipped} tensors, {total} {what}: {stored}"]
     if skipped:
         lines.append(f"  {skipped} more tensors are never used (the vision tower's pooling head)")
-    return lines + [f"    {part}: {count} parameters" for part, count in parts.most_common()]
+    return lines + [f"    {part}: {count} {what}" for part, count in parts.most_common()]
 
 
 def _numel(shape: tuple[int, ...]) -> int:

@@ -31,3 +31,7 @@ class RequestError(HYWUError):
 
 class PlacementError(HYWUError):
     """A request does not fit on the devices that there are, or the devices are described wrongly."""
+
+
+class ClusterError(HYWUError):
+    """A cluster cannot be reached, a part of it has died or hangs, or is of another version."""

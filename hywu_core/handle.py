@@ -15,6 +15,7 @@ from .checkpoint.fingerprint import backbone_fingerprint
 from .checkpoint.load import usable_device
 from .checkpoint.shards import open_shards
 from .config import BackboneConfig, GenerationConfig, torch_dtype
+from .elsewhere import Elsewhere
 from .errors import RequestError
 from .placement.build import Placed, whole
 from .placement.plan import Plan
@@ -36,15 +37,19 @@ class InjectedLoRA:
 
 @dataclass(frozen=True, eq=False)
 class ModelHandle:
-    """A loaded backbone with its tokenizer and texts, and the LoRAs to attach while it denoises."""
+    """A loaded backbone with its tokenizer and texts, and the LoRAs to attach while it denoises.
+
+    With ``elsewhere`` its weights are on meta, and whoever that is does the steps; it has no tokenizer and no texts then.
+    """
 
     placed: Placed = field(repr=False)
-    tokenizer: Tokenizer = field(repr=False)
+    tokenizer: Tokenizer | None = field(repr=False)
     config: BackboneConfig
     generation: GenerationConfig
-    system_prompts: SystemPrompts = field(repr=False)
+    system_prompts: SystemPrompts | None = field(repr=False)
     fingerprint: str
     loras: tuple[InjectedLoRA, ...] = ()
+    elsewhere: Elsewhere | None = field(default=None, repr=False)
 
     @property
     def backbone(self) -> Backbone:

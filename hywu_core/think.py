@@ -13,6 +13,7 @@ from PIL import Image
 from .backbone import inputs
 from .backbone.pictures import EncodedPicture, posterior_noise
 from .condition import encode_pictures, fit_pictures
+from .elsewhere import done_where_the_model_is
 from .errors import PromptError
 from .handle import ModelHandle
 from .progress import Tick, silent
@@ -24,6 +25,7 @@ from .text.template import Sequence, text_sequence
 FIRST_SLOTS = 256
 
 
+@done_where_the_model_is
 @torch.no_grad()
 def think(
     model: ModelHandle,

@@ -7,7 +7,9 @@ from .encode import HYWUConditionEncoder
 from .generate import HYWUWeightGenerator
 from .inject import HYWULoRAInjector
 from .load import HYWUGeneratorLoader, HYWUModelLoader
-from .lora_files import HYWULoadLoRA, HYWUSaveLoRA
+from .lora_files import HYWUExportLoRA, HYWUImportLoRA, HYWULoadLoRA, HYWULoadLoRAs, HYWUSaveLoRA
+from .lora_math import HYWUBlendLoRAs, HYWUMaskLoRA, HYWUMeanLoRAs, HYWUScaleLoRA
+from .lora_view import HYWUCompareLoRAs, HYWUInspectLoRA, HYWULoRAAB, HYWUMapLoRAs
 from .match import HYWUMatchAspect
 from .sample import HYImageSampler
 from .think import HYWUThink
@@ -23,6 +25,17 @@ NODES: list[type[io.ComfyNode]] = [
     HYWUMatchAspect,
     HYWUSaveLoRA,
     HYWULoadLoRA,
+    HYWULoadLoRAs,
+    HYWUExportLoRA,
+    HYWUImportLoRA,
+    HYWUScaleLoRA,
+    HYWUBlendLoRAs,
+    HYWUMaskLoRA,
+    HYWUMeanLoRAs,
+    HYWUInspectLoRA,
+    HYWUCompareLoRAs,
+    HYWUMapLoRAs,
+    HYWULoRAAB,
 ]
 
 

@@ -15,12 +15,13 @@ import comfy.utils
 import folder_paths
 import numpy as np
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 
 from ..hywu_core.condition import MAX_PICTURES
 from ..hywu_core.errors import CheckpointError, LoRAError, PictureError, RequestError
+from ..hywu_core.lora.peft_config import WEIGHTS
 from ..hywu_core.progress import Tick
 from ..hywu_core.vision.vae import VAE
 
@@ -52,14 +53,14 @@ def _roots() -> list[Path]:
     return [Path(path) for path in folder_paths.get_folder_paths(MODELS)] + [BUNDLED]
 
 
-def _folders_with_config(folder: Path, depth: int = 0) -> Iterator[Path]:
-    """Checkpoint folders below ``folder``: those with a config.json, below which nothing is looked for."""
-    if (folder / "config.json").is_file():
+def folders_with(file: str, folder: Path, depth: int, itself: bool = True) -> Iterator[Path]:
+    """Folders that hold ``file``, below which none is looked for: ``folder`` if it may be one, and down to ``depth`` below."""
+    if itself and (folder / file).is_file():
         yield folder
-    elif depth < MAX_DEPTH and os.access(folder, os.R_OK | os.X_OK) and folder.is_dir():
+    elif depth and os.access(folder, os.R_OK | os.X_OK) and folder.is_dir():
         for inner in sorted(folder.iterdir()):
             if inner.is_dir() and not inner.name.startswith("."):
-                yield from _folders_with_config(inner, depth + 1)
+                yield from folders_with(file, inner, depth - 1)
 
 
 def _model_type(folder: Path) -> str:
@@ -71,8 +72,8 @@ def _model_type(folder: Path) -> str:
 
 def checkpoint_names(model_type: str) -> list[str]:
     """Names of all checkpoints of one kind, relative to their model folder; read from disk at every call, so always fresh."""
-    names = {folder.relative_to(root).as_posix(): None
-             for root in _roots() for folder in _folders_with_config(root) if _model_type(folder) == model_type}
+    names = {folder.relative_to(root).as_posix(): None for root in _roots()
+             for folder in folders_with("config.json", root, MAX_DEPTH) if _model_type(folder) == model_type}
     return list(names)
 
 
@@ -115,7 +116,14 @@ def files_fingerprint(folder: Path) -> str:
 
 def lora_names() -> list[str]:
     """Names of all LoRA files in the model and output folders, fresh at every call."""
-    return [name for name in folder_paths.get_filename_list(LORAS) if name.endswith(".safetensors")]
+    return [name for name in folder_paths.get_filename_list(LORAS)
+            if name.endswith(".safetensors") and Path(name).name != WEIGHTS]  # a PEFT folder's, which is imported as a whole
+
+
+def lora_folders() -> list[str]:
+    """Folders below the model and output folders that hold LoRA files, however deep, as "a/b"; fresh at every call."""
+    names = [Path(name) for name in lora_names()]
+    return sorted({parent.as_posix() for name in names for parent in name.parents if parent != Path(".")})
 
 
 def lora_path(name: str) -> Path:
@@ -218,13 +226,27 @@ def ticker(vae: VAE | None = None) -> Tick:
 
 
 def say(text: str) -> None:
-    """To the log, and as text into the node that is running, where there is a server to show it."""
+    """To the log, and as text into the node that is running, where there is a server to show it.
+
+    A node's ``ui`` text is shown by ComfyUI's own preview nodes only: what a user has to see on the node is said.
+    """
     logging.info("HY-WU: %s", text)
     # Not imported: without a server (a test, a script) ComfyUI's server module is never loaded.
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
     context = get_executing_context()
     if server is not None and context is not None:
         server.send_progress_text(text, context.node_id)
+
+
+def said(text: str) -> ui.PreviewText:
+    """``say`` it, and the same for the ``ui`` of a node's output, which the API's callers read."""
+    say(text)
+    return ui.PreviewText(text)
+
+
+def lines(text: str) -> str:
+    """A report for a text output: Preview Any reads it as Markdown, where two spaces at its end keep a line from the next."""
+    return text.replace("\n", "  \n")
 
 
 def preview_picture(vae: VAE, latent_bchw: torch.Tensor) -> Image.Image:

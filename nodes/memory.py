@@ -151,6 +151,8 @@ def at_work(model: ModelHandle, pictures: int, stage: Callable[[], Result]) -> R
 
     Raises PlacementError when it runs out again, or if there is no smaller plan.
     """
+    if model.elsewhere is not None:
+        return stage()  # nothing of it is in this machine's memory
     patcher = _PATCHERS.get(model.placed)
 
     def attempt() -> Result:
@@ -235,6 +237,8 @@ def write(generator: GeneratorHandle, condition: Condition) -> LoRA:
 
     Decided now and not at loading: by now there is a plan, whichever loader ran first.
     """
+    if generator.elsewhere is not None:
+        return write_lora(generator, condition, host.ticker())
     return _twice(lambda: write_lora(_with_room(generator, condition), condition, host.ticker()),
                   lambda said: _unload_everything(), lambda: None)
 

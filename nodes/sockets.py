@@ -15,3 +15,4 @@ LoRA = io.Custom("HYWU_LORA")
 
 CATEGORY = "HY-WU"
 FILES_CATEGORY = "HY-WU/files"
+LORA_CATEGORY = "HY-WU/LoRA"

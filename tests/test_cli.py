@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 from comfyui_hywu.hywu_core.cli import main
+from comfyui_hywu.hywu_core.errors import RequestError
+from comfyui_hywu.hywu_core.picture_file import save_picture
 from PIL import Image
 
 THOUGHT = "<recaption>a bright picture</recaption>"
@@ -108,6 +110,8 @@ def test_help_is_quick():
     (["-o", "{folder}/a\0.png"], "NUL"),
     (["--save-lora", "{folder}/none/l.safetensors"], "is not there"),
     (["--save-lora", "{folder}/l.safetensors", "--no-lora"], "--save-lora"),
+    (["--save-lora", "{folder}/l.lora"], "ends in .safetensors"),
+    (["-o", "{folder}/" + 300 * "x" + ".png"], "File name too long"),
 ])
 def test_a_bad_request_is_one_line_before_any_work(files, capsys, monkeypatch, extra, says):
     photo, out, models = files
@@ -118,6 +122,28 @@ def test_a_bad_request_is_one_line_before_any_work(files, capsys, monkeypatch, e
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("hywu: ") and says in last
     assert not out.exists()
+
+
+def test_a_long_prompt_without_a_picture_is_no_file_name(files, capsys):
+    _, out, models = files
+    quick = ["--thinking", "", "--steps", "1", "--size", "1:1"]
+    assert main(["edit", "a photo of a red house " * 30, "-o", str(out), *models, *quick]) == 0
+    assert out.exists()
+
+
+def test_a_folder_that_vanished_meanwhile_is_a_request_error(tmp_path):
+    with pytest.raises(RequestError, match="could not be written"):
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / "gone" / "out.png")
+
+
+@pytest.mark.parametrize("command", [["inspect", "{name}"], ["lora", "save-as", "{name}", "o.safetensors"],
+                                     ["lora", "export", "{name}", "o"], ["map", "{name}", "-o", "m.png"]])
+def test_names_that_no_file_can_have_are_one_line(command, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name = 300 * "x" + ".safetensors"
+    assert main([part.format(name=name) for part in command]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[-1].startswith("hywu: ") and "Traceback" not in "".join(lines) and not list(tmp_path.iterdir())
 
 
 def test_bytes_that_are_no_text_are_refused(files, capsys):

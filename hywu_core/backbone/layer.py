@@ -105,13 +105,17 @@ class MLP(nn.Module):
 
 
 class Router(nn.Module):
-    """Chooses each token's experts; its weight is fp32 whatever the checkpoint's dtype (spec section 1)."""
+    """Chooses each token's experts; its weight is fp32 whatever the checkpoint's dtype (spec section 1).
+
+    ``counts_E``, int64 on the router's device: what it chooses is added there, by whoever records it (``lora/routing.py``).
+    """
 
     def __init__(self, width: int, experts: int, top_k: int):
         super().__init__()
         self.wg = nn.Linear(width, experts, bias=False, dtype=torch.float32)
         self.wg.weight.requires_grad_(False)
         self.top_k = top_k
+        self.counts_E: torch.Tensor | None = None
 
     def forward(self, x_TD: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(T, D) -> chosen experts (T, K) int64 and their weights (T, K) fp32, which sum to 1."""
@@ -119,6 +123,9 @@ class Router(nn.Module):
         score_TE = F.linear(x_TD, self.wg.weight.to(x_TD.dtype)).float()
         # The softmax over all, divided by its sum over the chosen, is the softmax over the chosen.
         score_TK, expert_TK = score_TE.topk(self.top_k, dim=-1)
+        if self.counts_E is not None:
+            # Not bincount: on a GPU it waits for the largest number.
+            self.counts_E.index_add_(0, expert_TK.reshape(-1), self.counts_E.new_ones(()).expand(expert_TK.numel()))
         return expert_TK, score_TK.softmax(dim=-1)
 
 

@@ -10,16 +10,20 @@ the bytes) and cannot gather the experts of a layer from two shards into one sta
 import ctypes
 import math
 import mmap
+import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from io import FileIO
 from itertools import groupby
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, RequestError
 from ..progress import Tick, silent
+from .readers import at_once
 from .shards import Shards, TensorEntry
 from .slots import slots
 
@@ -37,6 +41,9 @@ QUANTISED = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 # Read and checked piece by piece: small enough to be still in the cache when it is checked or converted.
 CHUNK_BYTES = 8 << 20
 TICK_BYTES = 256 << 20
+# Files read at once: a disk of today answers several readers faster than one, and one core cannot copy and check as fast.
+READERS = 4
+PARALLEL_BYTES = 64 << 20  # below it threads cost more than they bring
 MB = 1 << 20
 MADV_POPULATE_WRITE = 23  # Linux 5.14; the mmap module has no name for it
 LISTED = 10
@@ -68,22 +75,22 @@ def load_weights(module: nn.Module, shards: Shards, *, skip: frozenset[str] = fr
 def read_tensors(places: Mapping[str, Tensor], shards: Shards, on_tick: Tick = silent) -> None:
     """Read the stored tensor of each name in ``places`` into its place, in the order of the files; dtypes are converted.
 
-    Places may lie on any device and have strided rows. on_tick as in ``load_weights``. Raises CheckpointError for a file that
-    is cut off, NaN or Inf.
+    Several large files are read at once. Places may lie on any device and have strided rows. on_tick as in ``load_weights``,
+    called from this thread. Raises CheckpointError for a file that is cut off, NaN or Inf.
     """
     wanted = sorted(((name, shards.entries[name]) for name in places), key=lambda item: (item[1].file.name, item[1].offset))
     total = sum(entry.nbytes for _, entry in wanted)
-    bounce = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    files = [_read_file(file, list(group), places) for file, group in groupby(wanted, key=lambda item: item[1].file)]
+    readers = min(READERS, len(files), os.cpu_count() or 1) if total >= PARALLEL_BYTES else 1
     done, ticked = 0, 0
     on_tick(0, -(-total // MB), None)
-    for file, group in groupby(wanted, key=lambda item: item[1].file):
-        with open(file, "rb", buffering=0) as handle:
-            for name, entry in group:
-                for nbytes in _read_tensor(handle, name, entry, places[name], bounce):
-                    done += nbytes
-                    if done - ticked >= TICK_BYTES:
-                        ticked = done
-                        on_tick(done // MB, -(-total // MB), None)
+    # Closed here and now when a tick raises, so that no thread goes on writing into memory that is being given back.
+    with closing(at_once(files, readers)) as counts:
+        for nbytes in counts:
+            done += nbytes
+            if done - ticked >= TICK_BYTES:
+                ticked = done
+                on_tick(done // MB, -(-total // MB), None)
     on_tick(-(-total // MB), -(-total // MB), None)
 
 
@@ -179,6 +186,17 @@ def materialise(module: nn.Module, device: torch.device | Callable[[str], torch.
                     raise RuntimeError(f"buffer '{name}' of {path or 'the model'} ({type(part).__name__}) is on meta and in no "
                                        f"checkpoint: compute it outside the meta context")
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
+
+
+def _read_file(file: Path, group: Sequence[tuple[str, TensorEntry]], places: Mapping[str, Tensor]) -> Iterator[int]:
+    """Read the tensors of one file into their places; yields the bytes of each chunk."""
+    bounce = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
+    with open(file, "rb", buffering=0) as handle:
+        # A model that was released may be read again days later: other weights at the old places would load without a sign.
+        if os.fstat(handle.fileno()).st_mtime_ns != group[0][1].time_ns:
+            raise CheckpointError(f"{file} was changed after its header had been read: load the model again")
+        for name, entry in group:
+            yield from _read_tensor(handle, name, entry, places[name], bounce)
 
 
 def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, bounce: Tensor) -> Iterator[int]:

@@ -11,6 +11,7 @@ load.py needs the offsets to read straight into the parameters.
 
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,13 +44,14 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """Where one stored tensor lies: ``nbytes`` bytes at ``offset`` (absolute) of ``file``."""
+    """Where one stored tensor lies: ``nbytes`` bytes at ``offset`` (absolute) of ``file``, as it was at ``time_ns``."""
 
     file: Path
     dtype: torch.dtype
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    time_ns: int  # of the file's last change when its header was read
 
 
 @dataclass(frozen=True)
@@ -196,9 +198,9 @@ def read_header(file: Path) -> dict[str, TensorEntry]:
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointError(f"{file} has {size} bytes but announces a header of {length} bytes (at most "
                                   f"{MAX_HEADER_BYTES}): it is cut off or no safetensors file; download it again")
-        header = _parse_json(handle.read(length), file)
+        header, time_ns = _parse_json(handle.read(length), file), os.fstat(handle.fileno()).st_mtime_ns
     start = 8 + length
-    entries = {name: _entry(name, raw, file, start) for name, raw in header.items() if name != "__metadata__"}
+    entries = {name: _entry(name, raw, file, start, time_ns) for name, raw in header.items() if name != "__metadata__"}
     return _check_ranges(entries, file, start, size)
 
 
@@ -220,7 +222,7 @@ def _parse_json(text: bytes, file: Path) -> dict[str, Any]:
     return header
 
 
-def _entry(name: str, raw: Any, file: Path, start: int) -> TensorEntry:
+def _entry(name: str, raw: Any, file: Path, start: int, time_ns: int) -> TensorEntry:
     def natural(values: Any) -> bool:
         return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**63 for value in values)
 
@@ -239,7 +241,7 @@ def _entry(name: str, raw: Any, file: Path, start: int) -> TensorEntry:
     if offsets[1] - offsets[0] != nbytes:
         raise CheckpointError(f"{file}: '{name}' {raw['dtype']} {shape} needs {nbytes} bytes, its data_offsets {offsets} hold "
                               f"{offsets[1] - offsets[0]}: download it again")
-    return TensorEntry(file, dtype, tuple(shape), start + offsets[0], nbytes)
+    return TensorEntry(file, dtype, tuple(shape), start + offsets[0], nbytes, time_ns)
 
 
 def _check_ranges(entries: dict[str, TensorEntry], file: Path, start: int, size: int) -> dict[str, TensorEntry]:

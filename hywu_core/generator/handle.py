@@ -16,6 +16,7 @@ import torch
 from ..checkpoint import Shards, generator_fingerprint, load_weights, open_shards, slots
 from ..checkpoint.load import check_names, materialise, read_tensors, usable_device
 from ..config import GeneratorConfig, torch_dtype
+from ..elsewhere import Elsewhere, done_where_the_model_is
 from ..errors import CheckpointError, LoRAError, RequestError
 from ..lora.value import LoRA, Provenance
 from ..placement.blocks import StreamedBlocks
@@ -35,14 +36,15 @@ class GeneratorHandle:
     """A loaded generator: the socket value that nodes pass on.
 
     ``present`` is what brings one that is kept elsewhere to ``device``, see ``load_generator``. A handle with another
-    ``device`` (``dataclasses.replace``) shares the weights and writes there.
+    ``device`` (``dataclasses.replace``) shares the weights and writes there. With ``elsewhere`` there is no model here.
     """
 
-    model: ParameterGenerator
+    model: ParameterGenerator | None
     config: GeneratorConfig
     fingerprint: str
     present: Present | None = None
     device: torch.device = torch.device("cpu")
+    elsewhere: Elsewhere | None = None
 
     def at_work(self) -> AbstractContextManager[torch.device]:
         """Around writing: the device on which it is done."""
@@ -115,6 +117,7 @@ def _load_streamed(model: ParameterGenerator, shards: Shards, device: torch.devi
     return present
 
 
+@done_where_the_model_is
 @torch.no_grad()
 def write_lora(generator: GeneratorHandle, condition: "Condition", on_tick: Tick = silent) -> LoRA:
     """Write the LoRA for one condition, in the generator's dtype, on the CPU; ticks per block (spec section 4).

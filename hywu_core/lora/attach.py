@@ -5,19 +5,21 @@ on entry and takes them off on exit, error and cancel. The weights themselves ar
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 
 from ...kernels.reference import Adapter
+from ..backbone.adapted import AdaptedLinear, Experts
 from ..backbone.model import Backbone
 from ..errors import LoRAError, RequestError
 from ..handle import InjectedLoRA, ModelHandle
 from .value import LoRA
 
 STRENGTH_LIMIT = 4.0
+Modules = Iterable[tuple[str, AdaptedLinear | Experts]]
 LISTED = 10
 
 
@@ -50,7 +52,9 @@ def check_targets(backbone: Backbone, lora: LoRA) -> None:
     for path, target in _targets(backbone):
         wanted[f"{path}.lora_A"] = target.a_shape(lora.rank)
         wanted[f"{path}.lora_B"] = target.b_shape(lora.rank)
-    found = {name: tuple(tensor.shape) for name, tensor in lora.tensors.items()}
+    # From the targets: asking a derived LoRA for its tensors would make every one of them.
+    found = {f"{lora.prefix}{layer}.{target.name}.lora_{side}": shape for layer in range(lora.num_layers)
+             for target in lora.targets for side, shape in (("A", target.a_shape(lora.rank)), ("B", target.b_shape(lora.rank)))}
     problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in found]
     problems += [f"surplus {name} {found[name]}" for name in found if name not in wanted]
     problems += [f"{name}: expected {shape}, found {found[name]}" for name, shape in wanted.items()
@@ -74,10 +78,10 @@ def attached(model: ModelHandle, on_layer: Callable[[], None] = lambda: None) ->
     active = [injected for injected in model.loras if injected.strength != 0.0]
     try:
         if active:
-            _attach(backbone, active, on_layer)
+            hang(backbone.adapted_modules(), active, on_layer)
         yield
     finally:
-        _detach(backbone)
+        take_off(backbone.adapted_modules())
 
 
 @contextmanager
@@ -99,7 +103,7 @@ def attached_rows(backbone: Backbone, matrices: Mapping[str, torch.Tensor], scal
                 module.attach(target.name, Adapter(a, b, a.new_full((a.shape[-2],), scale, dtype=torch.float32)))
         yield
     finally:
-        _detach(backbone)
+        take_off(backbone.adapted_modules())
 
 
 def _refuse_second(backbone: Backbone) -> None:
@@ -109,9 +113,10 @@ def _refuse_second(backbone: Backbone) -> None:
             f"the backbone already carries a LoRA at {len(holding)} places ({holding[0]}, ...): let that run finish first")
 
 
-def _attach(backbone: Backbone, active: list[InjectedLoRA], on_layer: Callable[[], None]) -> None:
+def hang(modules: Modules, active: Sequence[InjectedLoRA], on_layer: Callable[[], None] = lambda: None) -> None:
+    """Give modules, by their names in the backbone, their adapters of the LoRAs; for who owns only some of the layers."""
     last = None
-    for name, module in backbone.adapted_modules():
+    for name, module in modules:
         layer = name.split(".")[2]  # model.layers.0....
         if last not in (None, layer):
             on_layer()
@@ -121,18 +126,18 @@ def _attach(backbone: Backbone, active: list[InjectedLoRA], on_layer: Callable[[
             module.attach(target.name, _adapter(path, active, module.adapter_device, weight.dtype))
 
 
-def _detach(backbone: Backbone) -> None:
-    for _, module in backbone.adapted_modules():
+def take_off(modules: Modules) -> None:
+    """Take all adapters off again."""
+    for _, module in modules:
         for name in module.attached():
             module.attach(name, None)
 
 
-def _adapter(path: str, active: list[InjectedLoRA], device: torch.device, dtype: torch.dtype) -> Adapter:
+def _adapter(path: str, active: Sequence[InjectedLoRA], device: torch.device, dtype: torch.dtype) -> Adapter:
     """The LoRAs' A and B of one projection, ranks side by side; strengths go into the scale."""
     a = [injected.lora.tensors[f"{path}.lora_A"].to(device, dtype) for injected in active]
     b = [injected.lora.tensors[f"{path}.lora_B"].to(device, dtype) for injected in active]
-    scale = [torch.full((injected.lora.rank,), injected.lora.scale * injected.strength) for injected in active]
-    scale_R = torch.cat(scale).to(device)
+    scale_R = torch.cat([injected.lora.scale_R * injected.strength for injected in active]).to(device, torch.float32)
     if len(active) == 1:
         return Adapter(a[0], b[0], scale_R)
     return Adapter(torch.cat(a, dim=-2), torch.cat(b, dim=-1), scale_R)

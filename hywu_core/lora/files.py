@@ -1,72 +1,102 @@
 """LoRA files: one safetensors file per LoRA, its provenance in the metadata.
 
-Owns writing (whole or not at all) and reading (nothing on the disk is trusted). What makes a set of tensors a LoRA is checked
-by ``value.py``; where files may lie is decided by the caller.
+Owns writing (whole or not at all) and reading (nothing on the disk is trusted). In which form matrices are stored is
+``stored.py``'s, what the metadata holds ``header.py``'s, what makes a set of tensors a LoRA ``value.py``'s; where files may lie
+is decided by the caller.
 
-The file is written here and not by ``safetensors.save_file``, which puts the metadata in an order that differs from run to run:
-the same LoRA gives the same bytes. It is read with the library, whose parser has seen more hostile headers than ours would.
+The file is written here and not by ``safetensors.save_file``, which puts the metadata in an order that differs from run to run
+(the same LoRA gives the same bytes) and wants all tensors at once. The header is read with the library, whose parser has seen
+more hostile ones than ours; the values as a checkpoint's are, straight to where they stay.
 """
 
 import contextlib
-import errno
-import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, BinaryIO
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
-from ..errors import LoRAError
+from ..checkpoint.load import read_tensors
+from ..checkpoint.shards import Shards, read_header
+from ..errors import CheckpointError, LoRAError
 from ..progress import Tick, silent
-from .value import LoRA, Provenance, raw_bytes
+from . import header
+from .aside import check_folder, written_whole
+from .frame import fields_for, keys, offsets_for, read_frame
+from .spectrum import Loss, pieces
+from .stored import AS_IT_IS, Form, form_for
+from .thumbnail import thumbnail_bytes, thumbnail_text
+from .value import Derived, LoRA, Provenance, digest_of, raw_bytes
 
-FORMAT = "hywu-lora"
-VERSION = "1"
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
+
+@dataclass(frozen=True)
+class Saved:
+    """What was written. error: ‖ΔW - ΔW'‖ / ‖ΔW‖ of the whole update, measured; digest: of what a reader gets; experts: (kept,
+    of how many) over all layers."""
+
+    path: Path
+    nbytes: int
+    error: float
+    digest: str
+    experts: tuple[int, int]
+
+    @property
+    def text(self) -> str:
+        """Size, error and kept experts in a line."""
+        kept, experts = self.experts
+        size = f"{self.nbytes / 1e9:.2f} GB" if self.nbytes >= 1e9 else f"{self.nbytes / 1e6:.1f} MB"
+        lost = f"relative error of the update {self.error:.3%}" if self.error else "no error"
+        return f"{size}, {lost}" + (f", {kept} of {experts} experts kept" if kept < experts else "")
 
 
-def save_lora(lora: LoRA, path: Path, on_tick: Tick = silent) -> None:
-    """Write ``lora`` to ``path``, replacing a file of that name; after any failure the old state is there. Ticks per matrix.
+def save_lora(
+    lora: LoRA, path: Path, on_tick: Tick = silent, *, stored: str = AS_IT_IS, keep: float = 1.0,
+    picture: Image.Image | None = None, sketch: str | None = None,
+) -> Saved:
+    """Write ``lora`` to ``path``, replacing a file of that name; after any failure the old state is there.
+
+    In memory is one layer at a time. Ticks per matrix, and where experts are to be ranked first once for each of its pairs.
+
+    Args:
+        stored: one of ``stored.STORED``.
+        keep: the share of the experts' energy that is kept; experts beyond it are left out and read as zeros.
+        picture: a small version of it goes into the file.
+        sketch: of ``sketch.py``, goes into the file as it is.
 
     Raises:
-        LoRAError: the folder is missing or cannot be written, or the disk is too full (with the bytes needed and free).
+        RequestError: no such format or share.
+        LoRAError: the folder is missing or cannot be written, the disk is too full (with the bytes needed and free), or values
+            that fp8 or bfloat16 cannot hold.
     """
     path = Path(path)
-    folder = path.parent
-    if not folder.is_dir():
-        raise LoRAError(f"cannot save {path}: the folder {folder} does not exist; create it or save elsewhere")
-    header = _header(lora)
-    needed = len(header) + lora.nbytes
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise _disk_full(path, needed, free)
-    # In the same folder, because a rename is only whole or not at all within one file system.
-    unfinished = folder / f".hywu-{secrets.token_hex(8)}.part"
-    try:
-        with open(unfinished, "xb") as file:
-            file.write(header)
-            for done, tensor in enumerate(lora.tensors.values(), start=1):
-                file.write(raw_bytes(tensor))
-                on_tick(done, len(lora.tensors), None)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except OSError as error:
-        if error.errno in _NO_SPACE:
-            written = unfinished.stat().st_size if unfinished.exists() else 0
-            raise _disk_full(path, needed, shutil.disk_usage(folder).free + written) from error
-        raise LoRAError(f"cannot save {path}: {error.strerror or error}; save to another folder") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
-    _sync_folder(folder)
+    check_folder(path)
+    before = lora.num_layers * len(lora.targets) if keep < 1 else 0
+    total = before + 2 * lora.num_layers * len(lora.targets)
+    form = form_for(lora, stored, keep, lambda done, _, latent: on_tick(done, total, latent))
+    metadata = header.metadata_for(lora, form, None if picture is None else thumbnail_text(picture), sketch)
+    fields = fields_for(lora, form)
+    offsets = offsets_for(fields)
+    start = len(header.header_bytes(metadata, fields, offsets))
+    needed = start + max(end for _, end in offsets.values())
+    written = _Written(lora, form, lambda done: on_tick(before + done, total, None))
+    with written_whole(path, needed) as file:
+        digest = digest_of(lora.alpha, lora.rank_weights, written.into(file, start, offsets))
+        file.seek(0)
+        file.write(header.header_bytes(header.settled(metadata, digest, written.loss.error), fields, offsets))
+    experts = lora.num_layers * max(target.experts for target in lora.targets)
+    return Saved(path, needed, written.loss.error, digest,
+                 (experts if form.kept is None else sum(map(len, form.kept)), experts))
 
 
 def load_lora(path: Path, on_tick: Tick = silent) -> LoRA:
-    """Read a LoRA file that ``save_lora`` wrote, onto the CPU, every value checked. Ticks per matrix.
+    """Read a LoRA file that ``save_lora`` wrote, onto the CPU, every value checked. Ticks count MB.
+
+    fp8 comes back as bfloat16 and dropped experts as zeros, made each time they are asked for.
 
     Raises:
         LoRAError: there is no such file, it is cut off or damaged, was not written by HY-WU or by a newer version, or its
@@ -74,23 +104,88 @@ def load_lora(path: Path, on_tick: Tick = silent) -> LoRA:
     """
     path = Path(path)
     with _opened(path) as file:
-        metadata = _metadata(file, path)
-        keys = list(file.keys())
-        tensors: dict[str, torch.Tensor] = {}
-        for done, key in enumerate(keys, start=1):
-            # A copy: the library hands out mapped pages of the file, which would change or vanish with it.
-            tensors[key] = file.get_tensor(key).clone()
-            on_tick(done, len(keys), None)
-    target_order = tuple(_json_strings(metadata, "targets", path))
+        frame, form, metadata = read_frame(file, path)
     try:
-        lora = LoRA.from_tensors(
-            tensors, _number(metadata, "alpha", path), _provenance(metadata, path),
-            target_order=target_order, check_finite=True)
-    except LoRAError as error:
-        raise LoRAError(f"{path}: {error}") from None
-    if (rank := _number(metadata, "rank", path)) != lora.rank:
-        raise LoRAError(f"{path}: the metadata says rank {rank:g}, the tensors have rank {lora.rank}; generate the LoRA again")
+        # Not through the library: its mapped pages and their copies together are twice the file.
+        entries = read_header(path)
+        tensors = {name: torch.empty(entry.shape, dtype=entry.dtype) for name, entry in entries.items()}
+        read_tensors(tensors, Shards(path.parent, entries), on_tick)
+    except CheckpointError as error:
+        raise LoRAError(f"{str(error)[:1000]}, or generate the LoRA again") from None
+    if form.plain:
+        return _true_to(metadata, replace(frame, tensors=MappingProxyType({key: tensors[key] for key in frame.tensors})), path)
+    places = {key: (layer, shape) for key, layer, shape in keys(frame)}
+
+    def make(key: str) -> torch.Tensor:
+        return form.unpack(key, *places[key], tensors)
+
+    # What is there, not what is asked for later: a few kept experts may stand for thousands.
+    there = replace(form, kept=None)
+    for key, (layer, _) in places.items():
+        if key in tensors and (wrong := int((~torch.isfinite(there.unpack(key, layer, tensors[key].shape, tensors))).sum())):
+            raise LoRAError(f"{path}: {key} holds NaN or Inf in {wrong} of {tensors[key].numel()} values, expected none; the "
+                            "LoRA is damaged, copy or generate it again")
+    return _true_to(metadata, replace(frame, tensors=Derived(tuple(places), make)), path)
+
+
+def _true_to(metadata: Mapping[str, str], lora: LoRA, path: Path) -> LoRA:
+    """The LoRA, if it is what the file says. Raises LoRAError."""
+    said = header.digest(metadata)
+    if said is not None and said != lora.digest:
+        raise LoRAError(f"{path}: its LoRA should have the digest {said[:16]}…, the values have {lora.digest[:16]}…; it is "
+                        "damaged, copy or generate it again")
     return lora
+
+
+@dataclass(frozen=True, eq=False)
+class Summary:
+    """What the header of a LoRA file says; digest, error, sketch and thumbnail as whoever wrote it claims."""
+
+    frame: LoRA  # the LoRA with zeros for its values
+    form: Form
+    nbytes: int  # of the whole file
+    digest: str | None
+    error: float | None
+    sketch: str | None  # as ``sketch.sketch_text`` wrote it, or anything
+    _thumbnail: str | None
+
+    @property
+    def provenance(self) -> Provenance:
+        return self.frame.provenance
+
+    @cached_property
+    def thumbnail(self) -> bytes | None:
+        """A JPEG or WebP of at most 256 pixels a side, tried out; None if there is none or what is there is no picture."""
+        return thumbnail_bytes(self._thumbnail)
+
+
+def read_summary(path: Path) -> Summary:
+    """What stands in the header of a LoRA file; no value is read.
+
+    Raises:
+        LoRAError: as ``load_lora``, as far as the header shows it.
+    """
+    path = Path(path)
+    with _opened(path) as file:
+        frame, form, metadata = read_frame(file, path)
+    return Summary(frame, form, path.stat().st_size, header.digest(metadata), header.error(metadata), metadata.get("sketch"),
+                   metadata.get("thumbnail"))
+
+
+def asked_for(summaries: Iterable[tuple[str, Summary]], wanted: str) -> Iterator[tuple[str, Summary]]:
+    """Of named files those whose instruction or name holds all words of ``wanted``, each LoRA once: of files whose headers name
+    the same digest the first."""
+    seen: set[str | None] = set()
+    for name, summary in summaries:
+        if summary.digest not in seen and matches(wanted, name, summary.provenance.instruction):
+            seen |= {summary.digest} - {None}
+            yield name, summary
+
+
+def matches(wanted: str, name: str, instruction: str) -> bool:
+    """Whether name and instruction hold every word of ``wanted``, in any case."""
+    text = f"{instruction} {name}".casefold()
+    return all(word in text for word in wanted.casefold().split())
 
 
 def read_provenance(path: Path) -> Provenance:
@@ -100,48 +195,50 @@ def read_provenance(path: Path) -> Provenance:
         LoRAError: as ``load_lora``, as far as the header shows it.
     """
     with _opened(Path(path)) as file:
-        return _provenance(_metadata(file, Path(path)), Path(path))
+        return header.provenance(header.checked_metadata(file.metadata() or {}, list(file.keys()), path), path)
 
 
-def _header(lora: LoRA) -> bytes:
-    """The safetensors header: length, then JSON padded to a multiple of 8 bytes, the tensors in the LoRA's order."""
-    origin = lora.provenance
-    entries: dict[str, Any] = {"__metadata__": {
-        "format": FORMAT, "version": VERSION, "rank": str(lora.rank), "alpha": repr(lora.alpha),
-        "targets": json.dumps([target.name for target in lora.targets]),
-        "backbone_fingerprint": origin.backbone_fingerprint, "generator_fingerprint": origin.generator_fingerprint,
-        # A lone surrogate (from a broken paste) has no UTF-8 form; better a "?" in the note than a finished LoRA lost.
-        "instruction": _utf8(origin.instruction), "thinking": _utf8(origin.thinking),
-        "picture_digests": json.dumps(list(origin.picture_digests)), "seed": str(origin.seed)}}
-    offset = 0
-    for key, tensor in lora.tensors.items():
-        entries[key] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape),
-                        "data_offsets": [offset, offset + tensor.nbytes]}
-        offset += tensor.nbytes
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+# ---- writing
 
 
-def _utf8(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+class _Written:
+    """The matrices of a LoRA on their way into a file: each is asked for once, a layer is in memory at a time."""
+
+    def __init__(self, lora: LoRA, form: Form, on_matrix: Callable[[int], None]):
+        self._lora, self._form, self._on_matrix, self.loss = lora, form, on_matrix, Loss()
+
+    def into(self, file: BinaryIO, start: int, offsets: Mapping[str, tuple[int, int]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Write each matrix to its place, and yield what a reader gets of it."""
+        lossy = not self._form.plain or self._form.dtype != self._lora.dtype
+        done = 0
+        layers: dict[int, dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
+        for key, layer, shape in keys(self._lora):
+            matrix = self._lora.tensors[key].detach().cpu()
+            parts = self._form.pack(key, layer, matrix)
+            for name, part in parts.items():
+                file.seek(start + offsets[name][0])
+                file.write(raw_bytes(part))
+            got = self._form.unpack(key, layer, shape, parts)
+            if lossy:
+                self._measure(layers.setdefault(layer, {}), layer, key, matrix, got)
+            done += 1
+            self._on_matrix(done)
+            yield key, got
+
+    def _measure(self, waiting: dict, layer: int, key: str, matrix: torch.Tensor, got: torch.Tensor) -> None:
+        """Add the loss of a target as soon as both of its sides are there."""
+        name, side = key.removeprefix(f"{self._lora.prefix}{layer}.").rsplit(".lora_", 1)
+        if side == "A":
+            waiting[name] = matrix, got
+            return
+        target = next(target for target in self._lora.targets if target.name == name)
+        (a, got_a), scale_R, rank = waiting.pop(name), self._lora.scale_R, self._lora.rank
+        for true, kept in zip(pieces(layer, target, a, matrix, scale_R, rank), pieces(layer, target, got_a, got, scale_R, rank),
+                              strict=True):
+            self.loss.add(true, kept)
 
 
-def _disk_full(path: Path, needed: int, free: int) -> LoRAError:
-    return LoRAError(f"cannot save {path}: {needed} bytes are needed, {free} are free; make room or save elsewhere")
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself survive a power cut, where the system can do that."""
-    if os.name != "posix":
-        return
-    # Some network file systems refuse to sync a folder. The file is whole and in place by now, so that is no failure to report.
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+# ---- reading
 
 
 @contextlib.contextmanager
@@ -153,55 +250,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt", device="cpu") as file:
             yield file
     except SafetensorError as error:
-        raise LoRAError(f"{path} ({path.stat().st_size} bytes) is cut off, damaged or no safetensors file ({error}); "
-                        "copy it again or generate the LoRA again") from None
+        raise LoRAError(f"{path} ({path.stat().st_size} bytes) is cut off, damaged or no safetensors file "
+                        f"({str(error)[:300]}); copy it again or generate the LoRA again") from None
     except OSError as error:
         raise LoRAError(f"{path} cannot be read: {error}; check that the file may be read") from error
-
-
-def _metadata(file: Any, path: Path) -> dict[str, str]:
-    metadata = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
-        keys = sorted(file.keys())
-        raise LoRAError(f"{path} is no HY-WU LoRA: its format is {metadata.get('format')!r}, expected {FORMAT!r}; it holds "
-                        f"{len(keys)} tensors such as {keys[:2]}. Choose a file that HY-WU saved")
-    if metadata.get("version") != VERSION:
-        raise LoRAError(f"{path} has version {metadata.get('version')!r} of the LoRA format, this program reads version "
-                        f"{VERSION!r}; update ComfyUI-HYWU or generate the LoRA again")
-    return metadata
-
-
-def _provenance(metadata: dict[str, str], path: Path) -> Provenance:
-    seed = _text(metadata, "seed", path)
-    if not seed.removeprefix("-").isdecimal() or len(seed) > 40:
-        raise LoRAError(f"{path}: the metadata says seed {seed[:40]!r}, expected a whole number; generate the LoRA again")
-    return Provenance(
-        backbone_fingerprint=_text(metadata, "backbone_fingerprint", path),
-        generator_fingerprint=_text(metadata, "generator_fingerprint", path),
-        instruction=_text(metadata, "instruction", path), thinking=_text(metadata, "thinking", path),
-        picture_digests=tuple(_json_strings(metadata, "picture_digests", path)), seed=int(seed))
-
-
-def _text(metadata: dict[str, str], key: str, path: Path) -> str:
-    if key not in metadata:
-        raise LoRAError(f"{path}: the metadata has no '{key}', it has {sorted(metadata)}; generate the LoRA again")
-    return metadata[key]
-
-
-def _number(metadata: dict[str, str], key: str, path: Path) -> float:
-    text = _text(metadata, key, path)
-    try:
-        return float(text)
-    except ValueError:
-        raise LoRAError(f"{path}: the metadata says {key} {text[:40]!r}, expected a number; generate the LoRA again") from None
-
-
-def _json_strings(metadata: dict[str, str], key: str, path: Path) -> list[str]:
-    text = _text(metadata, key, path)
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-        raise LoRAError(f"{path}: the metadata says {key} {text[:80]!r}, expected a list of names; generate the LoRA again")
-    return value

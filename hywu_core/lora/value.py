@@ -1,16 +1,17 @@
 """The LoRA as a value: the weights that the generator wrote for one request, and where they come from.
 
-Owns the names, the shapes, their validation and the digest. Does not apply anything (``attach.py``) and does not touch the disk
-(``files.py``). Serves the step between generating and injecting.
+Owns the names, the shapes, their validation and the digest. Does not apply anything (``attach.py``), combine anything
+(``algebra.py``) or touch the disk (``files.py``). Serves the step between generating and injecting.
 
 A LoRA of the published sizes holds 722,993,152 values (1.45 GB in bf16). ``write_lora`` and ``load_lora`` keep them on the CPU,
-because ComfyUI's output cache will hold the object; training passes live tensors with gradients through the same class.
+because ComfyUI's output cache will hold the object; training passes live tensors with gradients through the same class. What
+``algebra.py`` makes of LoRAs holds no values of its own: ``Derived`` makes each matrix when it is asked for.
 """
 
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
@@ -22,6 +23,7 @@ from ..config import LoRATarget
 from ..errors import LoRAError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+SCALE_LIMIT = torch.finfo(torch.float32).max  # adapters multiply each rank in fp32
 # "model.layers.0.mlp.experts.w1.lora_A": everything before the first number is the prefix, as the reference writes it.
 _KEY = re.compile(r"(?P<prefix>[^0-9]*)(?P<layer>0|[1-9][0-9]{0,3})\.(?P<target>.+)\.lora_(?P<side>[AB])")
 
@@ -36,6 +38,28 @@ class Provenance:
     thinking: str = ""
     picture_digests: tuple[str, ...] = ()
     seed: int = 0
+    made: str = ""  # what was done to it after it was written, or of which LoRAs it was made
+
+
+class Derived(Mapping[str, torch.Tensor]):
+    """Tensors that are made each time they are asked for, out of others: a blend of ten LoRAs takes no memory."""
+
+    def __init__(self, keys: tuple[str, ...], make: Callable[[str], torch.Tensor]):
+        self._keys, self._make = dict.fromkeys(keys), make
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key not in self._keys:
+            raise KeyError(key)
+        return self._make(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._keys
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,12 +67,15 @@ class LoRA:
     """Matrices A and B for every target of every backbone layer; equal only to itself, never changed once made.
 
     ``tensors`` maps the reference's key strings to A (R, I) or (E, R, I) and B (O, R) or (E, O, R), in the reference's order:
-    layer 0 all A, layer 0 all B, layer 1 and so on. Make one with ``LoRA.from_tensors``, which checks all of this.
+    layer 0 all A, layer 0 all B, layer 1 and so on. Make one with ``LoRA.from_tensors``, which checks all of this, or of others
+    with ``algebra.py``. The adapted output is W x + alpha / R · B diag(rank_weights) A x.
     """
 
     tensors: Mapping[str, torch.Tensor]
+    dtype: torch.dtype
     rank: int
     alpha: float
+    rank_weights: tuple[float, ...]  # one of every rank: 1 as generated, something else once scaled or blended
     targets: tuple[LoRATarget, ...]  # the same for every layer
     num_layers: int
     prefix: str  # "model.layers."
@@ -61,6 +88,7 @@ class LoRA:
         alpha: float,
         provenance: Provenance | None = None,
         *,
+        rank_weights: tuple[float, ...] | None = None,
         target_order: tuple[str, ...] | None = None,
         check_finite: bool = False,
     ) -> "LoRA":
@@ -68,13 +96,15 @@ class LoRA:
 
         Args:
             tensors: key -> A (R, I) or (E, R, I), B (O, R) or (E, O, R), in any order. Kept as they are: no copy, no move.
-            alpha: the adapted output is W x + (alpha / R) (x Aᵀ) Bᵀ.
+            alpha: a positive number; alpha / R multiplies the update.
+            rank_weights: what else multiplies each rank; default 1.
             target_order: names of the targets in the reference's order; default is their order in ``tensors``.
             check_finite: also read all values and refuse NaN and Inf (about a second for a LoRA of the published size).
 
         Raises:
             LoRAError: no tensors, a foreign name, an A without its B, ranks or experts that disagree, integer tensors, layers
-                that differ or are missing, and (with ``check_finite``) values that are not finite.
+                that differ or are missing, not one weight for every rank, and (with ``check_finite``) values that are not
+                finite.
         """
         prefix, by_layer = _grouped(tensors)
         names = tuple(by_layer[0]) if target_order is None else tuple(target_order)
@@ -85,13 +115,18 @@ class LoRA:
                 wrong = next((pair for pair in zip(targets, found, strict=True) if pair[0] != pair[1]), (rank, layer_rank))
                 raise LoRAError(f"layer {layer} of the LoRA is shaped otherwise than layer 0: {wrong[1]}, expected {wrong[0]}; "
                                 "the LoRA is damaged, generate it again")
-        if not 0 < float(alpha) < float("inf"):
-            raise LoRAError(f"the LoRA's alpha is {alpha}, expected a positive number; generate it again")
+        if not 0 < float(alpha) <= SCALE_LIMIT:
+            raise LoRAError(f"the LoRA's alpha is {alpha}, expected a positive number that fp32 holds; generate it again")
+        weights = (1.0,) * rank if rank_weights is None else tuple(map(float, rank_weights))
+        if len(weights) != rank or not fits(weights, float(alpha) / rank):
+            raise LoRAError(f"the LoRA has {len(weights)} rank weights {str(weights)[:80]}, expected {rank} numbers that fp32 "
+                            "holds; the LoRA is damaged, generate it again")
         ordered = {
             f"{prefix}{layer}.{name}.lora_{side}": pairs[name][side]
             for layer, pairs in enumerate(by_layer) for side in "AB" for name in names}
-        _check_values(ordered, check_finite)
-        return cls(MappingProxyType(ordered), rank, float(alpha), targets, len(by_layer), prefix, provenance or Provenance())
+        dtype = _check_values(ordered, check_finite)
+        return cls(MappingProxyType(ordered), dtype, rank, float(alpha), weights, targets, len(by_layer), prefix,
+                   provenance or Provenance())
 
     @classmethod
     def from_reference_state(
@@ -120,20 +155,23 @@ class LoRA:
 
     @property
     def scale(self) -> float:
-        """What multiplies (x Aᵀ) Bᵀ at strength 1."""
+        """What multiplies the update of every rank, next to its own weight, at strength 1."""
         return self.alpha / self.rank
 
     @property
+    def scale_R(self) -> torch.Tensor:
+        """(R,) fp64: all that multiplies each rank at strength 1."""
+        return torch.tensor(self.rank_weights, dtype=torch.float64) * self.scale
+
+    @property
     def num_values(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
+        return self.num_layers * sum(
+            math.prod(shape) for target in self.targets for shape in (target.a_shape(self.rank), target.b_shape(self.rank)))
 
     @property
     def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(iter(self.tensors.values())).dtype
+        """Of all matrices; a derived LoRA has them only while each is asked for."""
+        return self.num_values * self.dtype.itemsize
 
     def layer(self, index: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """The (A, B) pairs of one backbone layer by target name ("mlp.experts.w1").
@@ -150,16 +188,36 @@ class LoRA:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over alpha, names, dtypes, shapes and values: the same numbers have the same digest, whoever wrote them."""
-        state = hashlib.sha256(f"alpha={self.alpha!r}\n".encode())
-        for key, tensor in self.tensors.items():
-            state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            state.update(raw_bytes(tensor))
-        return state.hexdigest()
+        """sha256 over scales, names, dtypes, shapes and values: the same numbers have the same digest, whoever wrote them."""
+        return digest_of(self.alpha, self.rank_weights, self.tensors.items())
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A read-only mapping cannot be pickled or deep-copied; the value itself can (a Ray worker receives it that way).
-        return _rebuild, (dict(self.tensors), self.alpha, self.provenance)
+        return _rebuild, (dict(self.tensors), self.alpha, self.rank_weights, self.provenance)
+
+
+def fits(rank_weights: Iterable[float], scale: float) -> bool:
+    """Whether all that multiplies each rank is a number that an adapter can hold."""
+    return all(abs(weight * scale) <= SCALE_LIMIT for weight in rank_weights)
+
+
+def check_finite_values(key: str, tensor: torch.Tensor) -> None:
+    """Raises LoRAError for NaN and Inf."""
+    if not torch.isfinite(tensor).all():
+        wrong = int((~torch.isfinite(tensor)).sum())
+        raise LoRAError(f"{key} holds NaN or Inf in {wrong} of {tensor.numel()} values, expected none; "
+                        "the LoRA is damaged, generate it again")
+
+
+def digest_of(alpha: float, rank_weights: tuple[float, ...], named: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """``LoRA.digest`` of matrices that come one by one, in the LoRA's order."""
+    state = hashlib.sha256(f"alpha={alpha!r}\n".encode())
+    if set(rank_weights) != {1.0}:
+        state.update(f"rank_weights={rank_weights!r}\n".encode())
+    for key, tensor in named:
+        state.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        state.update(raw_bytes(tensor))
+    return state.hexdigest()
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -168,8 +226,10 @@ def raw_bytes(tensor: torch.Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _rebuild(tensors: dict[str, torch.Tensor], alpha: float, provenance: Provenance) -> LoRA:
-    return LoRA.from_tensors(tensors, alpha, provenance)
+def _rebuild(
+    tensors: dict[str, torch.Tensor], alpha: float, rank_weights: tuple[float, ...], provenance: Provenance
+) -> LoRA:
+    return LoRA.from_tensors(tensors, alpha, provenance, rank_weights=rank_weights)
 
 
 def _grouped(tensors: Mapping[str, torch.Tensor]) -> tuple[str, list[dict[str, dict[str, torch.Tensor]]]]:
@@ -222,13 +282,13 @@ def _targets(
     return tuple(targets), next(iter(ranks))
 
 
-def _check_values(tensors: dict[str, torch.Tensor], check_finite: bool) -> None:
+def _check_values(tensors: dict[str, torch.Tensor], check_finite: bool) -> torch.dtype:
+    """Raises LoRAError unless all are of one floating-point dtype, which is returned, and finite if that is asked for."""
     dtype = next(iter(tensors.values())).dtype
     for key, tensor in tensors.items():
         if tensor.dtype != dtype or dtype not in DTYPES:
             raise LoRAError(f"{key} is {tensor.dtype} and the first matrix is {dtype}, expected one of "
                             f"{', '.join(map(str, DTYPES))} for all; generate the LoRA again")
-        if check_finite and not torch.isfinite(tensor).all():
-            wrong = int((~torch.isfinite(tensor)).sum())
-            raise LoRAError(f"{key} holds NaN or Inf in {wrong} of {tensor.numel()} values, expected none; "
-                            "the LoRA is damaged, generate it again")
+        if check_finite:
+            check_finite_values(key, tensor)
+    return dtype

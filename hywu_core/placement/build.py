@@ -40,6 +40,8 @@ from .stored import InMemory, OnDisk, new_slab
 from .streaming import Streamed, Streaming
 from .visits import absent, put_back, reading, visiting
 
+# A place of parts that this process does not hold, beside devices and "disk"; layers that no stage has are not held either.
+ELSEWHERE = "elsewhere"
 # The plan's parts and their submodules; "small" is everything else but the layers.
 PARTS = {"wte": ("model.wte",), "lm_head": ("lm_head", "model.ln_f"), "vision": ("vision_model", "vision_aligner"),
          "vae": ("vae",), "small": ()}
@@ -144,14 +146,15 @@ class Placed:
 
     def _where(self, path: str) -> torch.device | None:
         """The device of the submodule ``path``'s own parameters; None for adapted weights, which get their memory in slabs, and
-        for what stays on disk."""
+        for what stays on disk or is elsewhere."""
         if isinstance(self.backbone.get_submodule(path), Adapted):
             return None
         if path.startswith("model.layers."):
             layer = int(path.split(".")[2])
-            return torch.device(next(stage.device for stage in self.plan.stages if layer < stage.first + stage.layers))
+            here = [stage.device for stage in self.plan.stages if stage.first <= layer < stage.first + stage.layers]
+            return torch.device(here[0]) if here else None
         place = self.plan.places[next((part for part, paths in PARTS.items() if path.startswith(paths)), "small")]
-        return None if place == "disk" else torch.device(place)
+        return None if place in ("disk", ELSEWHERE) else torch.device(place)
 
     def _place_layers(self, stage: Stage, part: StagePlan, loading: "_Loading") -> Streaming:
         """Memory for the stage's layers: bound for good where they compute, else kept in stored form, brought at their turn."""

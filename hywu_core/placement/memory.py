@@ -132,6 +132,9 @@ def ram_items(task: Task, choice: Choice, streamed: int) -> Items:
     items = {"process": PROCESS} | choice.places.items(sizes, CPU, VISITS)
     if streamed and choice.source == "ram":
         items["waiting layers"] = streamed * sizes.stored_layer(choice.form)
+    if task.workers[0].kind != "cpu":
+        # A copy in pinned memory of what is put on a layer that comes, or is unpacked, for its turn.
+        items["waiting LoRA"] = (sizes.layers if sizes.packed(choice.form) else streamed) * sizes.lora
     if task.generator is not None:
         if choice.generator in ("shared", "streamed") and choice.kept == "ram":
             items["waiting generator"] = task.generator.total

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 
 from .plan import Peak, Plan, StagePlan, gb
+from .request import Lengths, Request
 
 WIDTH = 120
 FIXED = "\N{NO-BREAK SPACE}"  # where no line ends; printed as a space
@@ -14,7 +15,10 @@ SHOWN = 8  # devices; of more, equal ones stand for each other
 
 
 def describe(plan: Plan) -> str:
-    """What lies where, the peak of every device with what it consists of, and the seconds of every phase."""
+    """What lies where, the peak of every device with what it consists of, and the seconds of every phase.
+
+    Of a plan of ``build.whole`` only what lies where: it has no figures.
+    """
     return "\n".join(_lines(plan))
 
 
@@ -31,10 +35,8 @@ def row(plan: Plan) -> str:
 
 
 def _lines(plan: Plan) -> Iterator[str]:
-    request, lengths = plan.request, plan.lengths
-    yield (f"{lengths.height} x {lengths.width}, {request.pictures} picture{'' if request.pictures == 1 else 's'}, "
-           f"{request.rows} row{'s' if request.rows == 2 else ''} of {lengths.whole} tokens, {request.thinking} of them "
-           f"thinking; {request.steps} steps")
+    if plan.lengths is not None:  # else nothing was planned for: ``whole`` of build.py
+        yield _request(plan.request, plan.lengths)
     yield from _wrapped(f"format     {plan.format}, computed in {str(plan.dtype).removeprefix('torch.')}: {plan.reason}")
     for index, stage in enumerate(plan.stages):
         yield f"{'layers' if index == 0 else '':10s} {_stage(stage)}"
@@ -50,6 +52,20 @@ def _lines(plan: Plan) -> Iterator[str]:
         kept = "" if plan.generator.mode == "resident" else kept
         yield f"generator  {plan.generator.mode} on {plan.generator.device}{kept}"
     yield f"experts    {plan.expert_tokens} tokens at once"
+    if plan.peaks:
+        yield from _figures(plan)
+    for note in plan.notes:
+        yield f"note       {note}"
+
+
+def _request(request: Request, lengths: Lengths) -> str:
+    return (f"{lengths.height} x {lengths.width}, {request.pictures} picture{'' if request.pictures == 1 else 's'}, "
+            f"{request.rows} row{'s' if request.rows == 2 else ''} of {lengths.whole} tokens, {request.thinking} of them "
+            f"thinking; {request.steps} steps")
+
+
+def _figures(plan: Plan) -> Iterator[str]:
+    """Peaks and seconds."""
     yield "peak"
     for peak in _distinct(plan.peaks):
         yield from _peak(peak)
@@ -58,8 +74,6 @@ def _lines(plan: Plan) -> Iterator[str]:
     phases = [f"{name} {value:.1f}" for name, value in plan.seconds.items() if name not in ("total", "step") and value]
     yield f"seconds    {', '.join(phases)}"
     yield f"{'':10s} {plan.seconds['total']:.0f} s an edit, {plan.seconds['step']:.2f} s a step (predicted)"
-    for note in plan.notes:
-        yield f"note       {note}"
 
 
 def _stage(stage: StagePlan) -> str:

@@ -15,6 +15,7 @@ from ..backbone.cache import KVCache
 from ..backbone.model import Backbone
 from ..backbone.stage import Rope
 from ..condition import Condition
+from ..elsewhere import done_where_the_model_is
 from ..errors import LoRAError, RequestError
 from ..handle import ModelHandle
 from ..lora.attach import attached
@@ -27,6 +28,7 @@ from .schedule import Schedule
 from .taylor import TaylorPlan, TaylorSettings
 
 
+@done_where_the_model_is
 def sample(
     model: ModelHandle,
     condition: Condition,

@@ -5,7 +5,7 @@ are the caller's; scikit-image (for SSIM) is imported when it is first needed.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -209,14 +209,6 @@ def _elsewhere(asked: Sequence[Asked], number: int, edit: str) -> int:
         if photo(found) != photo(number):
             return found
     raise RequestError("the cases show 1 photo, at least 2 are needed to take a LoRA of another one")
-
-
-def mean_lora(loras: Sequence[LoRA]) -> LoRA:
-    """One LoRA whose matrices are the means of the matrices (the paper's uniform LoRA)."""
-    first = loras[0]
-    tensors = {key: torch.stack([lora.tensors[key].float() for lora in loras]).mean(0) for key in first.tensors}
-    return LoRA.from_tensors(tensors, first.alpha, replace(first.provenance, instruction="", thinking="", picture_digests=()),
-                             target_order=tuple(target.name for target in first.targets))
 
 
 def psnr(picture: np.ndarray, wanted: np.ndarray) -> float:

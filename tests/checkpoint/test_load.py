@@ -4,6 +4,7 @@ The checkpoint here is a miniature of the published one: a router that stays fp3
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -195,11 +196,20 @@ def test_a_value_that_a_narrower_dtype_cannot_hold_is_an_error_not_an_inf(save_s
         load_weights(build(torch.float16), open_shards(save_shards(stored)))
 
 
+def test_a_shard_that_is_replaced_after_it_was_opened(save_shards):
+    shards = open_shards(save_shards(tensors()))
+    last = max(shards.entries.values(), key=lambda entry: entry.offset)
+    os.utime(last.file, ns=(0, last.time_ns + 1))
+    with pytest.raises(CheckpointError, match=f"{last.file.name} was changed after its header had been read"):
+        load_weights(build(), shards)
+
+
 def test_a_shard_that_is_cut_after_it_was_opened(save_shards):
     shards = open_shards(save_shards(tensors()))
     last = max(shards.entries.values(), key=lambda entry: entry.offset)
     with open(last.file, "r+b") as handle:
         handle.truncate(last.offset + last.nbytes - 2)
+    os.utime(last.file, ns=(0, last.time_ns))  # as if it happened while it is read
     with pytest.raises(CheckpointError, match="ends 2 bytes before the end"):
         load_weights(build(), shards)
 

@@ -9,6 +9,8 @@ import shutil
 
 import pytest
 import torch
+from comfyui_hywu.hywu_core.backbone.mask import attention_mask
+from comfyui_hywu.hywu_core.backbone.rope import positions, table
 from comfyui_hywu.hywu_core.checkpoint import backbone_fingerprint, find_packed, load_weights, open_shards, read_packed, slots
 from comfyui_hywu.hywu_core.checkpoint import load as load_file_module
 from comfyui_hywu.hywu_core.checkpoint.comfy_quant import read_comfy_quant
@@ -16,6 +18,7 @@ from comfyui_hywu.hywu_core.checkpoint.formats import Field, Float8, Int4, Int8
 from comfyui_hywu.hywu_core.config import BackboneConfig
 from comfyui_hywu.hywu_core.errors import CheckpointError
 from comfyui_hywu.hywu_core.handle import build_backbone
+from comfyui_hywu.hywu_core.placement.build import Placed, whole
 from safetensors.torch import load_file, save_file
 
 DENSE = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.shared_mlp.gate_and_up_proj", "mlp.shared_mlp.down_proj")
@@ -109,6 +112,25 @@ def test_the_native_packs_files_are_found_and_unpack_to_comfy_kitchens_numbers(t
     plain = {name for name in published.entries if ".mlp.experts." not in name and not any(f".{own}." in name for own in DENSE)}
     assert packed.plain.entries.keys() == plain  # VAE and vision tower under their published names, too
     assert backbone_fingerprint(shards) == backbone_fingerprint(packed.plain) == backbone_fingerprint(published)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_the_native_packs_files_are_the_backbone(tmp_path, tiny_folders, form):
+    """Loaded as they are, they compute what the published backbone computes with comfy-kitchen's numbers in it."""
+    expected = write_pack(tmp_path / "pack", tiny_folders[0], form)
+    config, found = BackboneConfig.from_folder(tiny_folders[0]), []
+    hidden = torch.randn(2, 9, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for folder, values in ((tiny_folders[0], expected), (tmp_path / "pack", {}), (tiny_folders[0], {})):
+        placed = Placed(build_backbone(config, torch.float32), open_shards(folder), whole(config, torch.float32, "cpu"))
+        placed.load()
+        for (module, parameter), value in values.items():
+            getattr(placed.backbone.get_submodule(module), parameter).copy_(value)
+        with placed.backbone.at_work():
+            rope = table(positions(9, []), config.attention_head_dim, config.rope_theta)
+            found.append(placed.backbone.run(hidden, rope, attention_mask(9, [])))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found[2], found[0], rtol=1e-3, atol=1e-4)
 
 
 def test_stacked_bf16_experts_load_like_the_published_folder(tmp_path, tiny_folders):
@@ -298,7 +320,7 @@ def test_nan_in_fp8_weights_and_files_that_were_cut_are_found(save_shards):
     last = max(weight.entries.values(), key=lambda entry: entry.offset)
     with open(last.file, "r+b") as handle:
         handle.truncate(last.offset + last.nbytes - 1)
-    with pytest.raises(CheckpointError, match="ends 1 bytes before the end"):
+    with pytest.raises(CheckpointError, match=f"{last.file.name} was changed after its header had been read"):
         unpacked(weight)
 
 

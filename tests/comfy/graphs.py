@@ -24,7 +24,7 @@ def small_graph(name: str, checkpoint: str = "deep") -> dict:
             inputs["generator"] = f"{checkpoint}/pg"
         if node["class_type"] == "HYWUThink":
             inputs["max_new_tokens"] = 12
-        if node["class_type"] == "HYImageSampler":
+        if node["class_type"] in ("HYImageSampler", "HYWULoRAAB"):
             # A random backbone proposes any size, the table's 1024 x 768 among them.
             inputs |= {"steps": 3, "size": "1:1"}
     return graph

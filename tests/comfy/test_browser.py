@@ -4,6 +4,8 @@ and a preview, and the result arrives. Screenshots go to ``.cache/browser/``. Wi
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from comfyui_hywu.tests.comfy.graphs import DATA, GRAPHS, ROOT, small_graph
 WORKFLOWS = ROOT / "workflows"
 SHOTS = ROOT / ".cache" / "browser"
 NAMES = ["edit_one_photo", "combine_two", "with_and_without_lora", "reuse_saved_lora"]
+LORA_NAMES = ["inspect_lora", "blend_loras", "mask_lora", "map_loras", "share_lora", "use_shared_lora"]  # test_browser_lora.py
 SECONDS = 1000  # in milliseconds, as Playwright counts
 ALERTS = ".p-dialog, .p-toast-message-warn, .p-toast-message-error, .comfy-modal:visible"
 
@@ -27,6 +30,20 @@ WATCH = """() => {
     api.addEventListener('execution_success', () => { window.seen.ended = 'success'; });
     api.addEventListener('execution_error', e => { window.seen.ended = e.detail.exception_message; });
     api.addEventListener('execution_interrupted', () => { window.seen.ended = 'interrupted'; });
+}"""
+
+# Whether every node that shows pictures has loaded them; pictures are loaded when they are drawn.
+PICTURES = """() => {
+    window.app.canvas.setDirty(true, true);
+    return window.app.graph.nodes.filter(n => ['SaveImage', 'PreviewImage'].includes(n.type))
+        .every(n => n.imgs?.length && n.imgs.every(i => i.naturalWidth > 0));
+}"""
+# Pairs of nodes of which one hides a part of the other, by title.
+OVERLAPS = """() => {
+    const boxes = window.app.graph.nodes.map(n =>
+        [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1], n.title]);
+    const hidden = (p, q) => p[0] < q[2] && q[0] < p[2] && p[1] < q[3] && q[1] < p[3];
+    return boxes.flatMap((p, i) => boxes.slice(i + 1).filter(q => hidden(p, q)).map(q => [p[4], q[4]]));
 }"""
 
 
@@ -65,16 +82,23 @@ def saved_lora(server) -> None:
     assert (server.base / "output" / "hywu_loras" / "edit_00001_.safetensors").exists()
 
 
-@pytest.fixture(scope="module")
-def browser(saved_lora):
+@contextmanager
+def running_browser(left_out: str) -> Iterator:
+    """A Chromium; where there is none the tests are skipped, and it is said that ``left_out``."""
     playwright = pytest.importorskip("playwright.sync_api")
     executable = chromium()
     if executable is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium): the workflows are not tried in a browser")
+        pytest.skip(f"no Chromium is installed (apt-get install chromium): {left_out}")
     with playwright.sync_playwright() as api:
         running = launch(api, executable)
         yield running
         running.close()
+
+
+@pytest.fixture(scope="module")
+def browser(saved_lora):
+    with running_browser("the workflows are not tried in a browser") as running:
+        yield running
 
 
 @pytest.fixture
@@ -116,7 +140,7 @@ def fit_view(page) -> None:
     page.wait_for_timeout(800)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *LORA_NAMES])
 def test_a_workflow_opens_without_a_warning_and_is_its_api_twin(page, name):
     load(page, workflow(name))
     assert alerts(page) == []
@@ -130,6 +154,7 @@ def test_a_workflow_opens_without_a_warning_and_is_its_api_twin(page, name):
     assert count == len(workflow(name)["nodes"])
     missing = page.evaluate("() => window.app.graph.nodes.filter(n => n.has_errors).map(n => n.type)")
     assert missing == []
+    assert page.evaluate(OVERLAPS) == []
     prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
     for node in prompt.values():
         if node["class_type"] == "PreviewAny":
@@ -162,14 +187,12 @@ def test_a_workflow_runs_from_the_browser(server, page, name):
     seen = page.evaluate("() => window.seen")
     assert seen["ended"] == "success"
     assert alerts(page) == []
+    assert page.evaluate(OVERLAPS) == []  # nodes grow by what they say
     samplers = page.evaluate("() => window.app.graph.nodes.filter(n => n.type === 'HYImageSampler').map(n => String(n.id))")
     for node in samplers:
         assert seen["progress"].get(node, 0) > 1
     assert seen["previews"] >= 1
-    page.wait_for_function(
-        "() => window.app.graph.nodes.filter(n => n.type === 'SaveImage')"
-        ".every(n => n.imgs && n.imgs.every(i => i.naturalWidth > 0))",
-        timeout=30 * SECONDS)
+    page.wait_for_function(PICTURES, timeout=30 * SECONDS)
     SHOTS.mkdir(parents=True, exist_ok=True)
     page.wait_for_timeout(500)
     shot = SHOTS / f"{name}.png"
@@ -187,7 +210,7 @@ def test_the_workflows_are_templates(server):
     """The template browser lists a pack's workflows from its folder of that name."""
     templates = server.get("/workflow_templates")
     listed = next(names for pack, names in templates.items() if pack.endswith("ComfyUI-HYWU"))
-    assert sorted(listed) == sorted(NAMES)
+    assert sorted(listed) == sorted([*NAMES, *LORA_NAMES])
 
 
 def test_shots_folder_is_ignored_by_git():

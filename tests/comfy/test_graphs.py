@@ -29,6 +29,95 @@ def test_graph_runs_and_every_long_stage_ticks(server, name):
         assert pixels(server, run, node).std() > 0
 
 
+def ran(server, name: str) -> tuple[dict, object]:
+    """A LoRA graph on the random checkpoint, with the LoRAs of a folder of its own where it takes those of a folder."""
+    graph = small_graph(name)
+    for kind in ("HYWUMapLoRAs", "HYWULoadLoRAs"):
+        for node in node_ids(graph, kind):
+            graph[node]["inputs"]["folder"] = "many"
+    run = server.run(graph)
+    assert run.status == "success", run.error
+    for node in node_ids(graph, "SaveImage"):
+        assert pixels(server, run, node).std() > 0
+    return graph, run
+
+
+def text_of(run, node: str) -> str:
+    return run.history["outputs"][node]["text"][0]
+
+
+def test_inspect_graph_shows_three_pictures_and_the_difference(server):
+    graph, run = ran(server, "inspect_lora")
+    shown = {graph[node]["_meta"]["title"]: np.asarray(Image.open(server.outputs(run, node)[0]).convert("RGB"))
+             for node in node_ids(graph, "PreviewImage")}
+    assert list(shown) == ["Norm map", "Spectrum", "Experts", "Without", "With the LoRA", "Difference"]
+    assert all(picture.std() > 0 for picture in shown.values())
+    assert (shown["Without"] != shown["With the LoRA"]).any()
+    # Model and latent are wired: the panel knows the weights and the routing.
+    data = json.loads(run.history["outputs"][only(graph, "HYWUInspectLoRA")]["hywu_inspect"][0])
+    assert data["relative"] and data["routing"]
+
+
+def test_blend_graph_adds_what_two_injectors_add(server):
+    graph, run = ran(server, "blend_loras")
+    said, = run.texts[only(graph, "HYWUBlendLoRAs")]
+    assert said.startswith("2 LoRAs, rank ") and said.endswith(", exact")
+    blended = pixels(server, run, only(graph, "SaveImage"))
+    one, two = node_ids(graph, "HYWUWeightGenerator")
+    injector, sampler = only(graph, "HYWULoRAInjector"), only(graph, "HYImageSampler")
+    graph[injector]["inputs"]["lora"] = [one, 0]
+    graph["90"] = {"class_type": "HYWULoRAInjector", "inputs": {"model": [injector, 0], "lora": [two, 0], "strength": 1.0}}
+    graph[sampler]["inputs"]["model"] = ["90", 0]
+    in_a_row = pixels(server, server.run(graph), only(graph, "SaveImage"))
+    assert np.abs(in_a_row.astype(int) - blended).max() <= 1
+
+
+def test_mask_graph_paints_a_part_and_its_rest(server):
+    graph, run = ran(server, "mask_lora")
+    kept, rest = node_ids(graph, "HYWUMaskLoRA")
+    settings = [dict(graph[node]["inputs"]) for node in (kept, rest)]
+    assert [each.pop("invert") for each in settings] == [False, True] and settings[0] == settings[1]
+    first, second = (pixels(server, run, node) for node in node_ids(graph, "SaveImage"))
+    assert (first != second).any()
+
+
+def test_map_graph_takes_what_edit_one_photo_saved(server):
+    for words in ("make it brighter", "make it gray and cool"):
+        graph = small_graph("edit_one_photo")
+        graph[only(graph, "PrimitiveStringMultiline")]["inputs"]["value"] = words
+        graph[only(graph, "HYWUSaveLoRA")]["inputs"]["filename_prefix"] = "hywu_loras/many/edit"
+        assert server.run(graph).status == "success"
+    graph, run = ran(server, "map_loras")
+    assert run.texts[only(graph, "HYWULoadLoRAs")] == ["2 LoRAs"]
+    report = text_of(run, only(graph, "PreviewAny"))
+    assert report.startswith("3 LoRAs") and "make it gray and cool" in report
+    assert "  \n" in report  # Preview Any reads Markdown: without the blanks all lines become one
+
+
+def test_a_map_graph_without_saved_loras_says_so(server):
+    graph = small_graph("map_loras")
+    graph[only(graph, "HYWULoadLoRAs")]["inputs"]["filter"] = "no such words"
+    for node in node_ids(graph, "PreviewImage") + node_ids(graph, "PreviewAny"):
+        del graph[node]  # and with them the map, which would show all that other tests have saved
+    run = server.run(graph)
+    assert run.status == "error" and "save some first" in run.error
+
+
+def test_a_shared_lora_does_elsewhere_what_it_did_here(server):
+    graph = small_graph("share_lora")
+    # The other graph has no thinking: drop it here too, so that only the LoRA's way differs.
+    graph[only(graph, "HYWUConditionEncoder")]["inputs"]["thinking"] = ""
+    here = server.run(graph)
+    assert here.status == "success", here.error
+    exported = text_of(here, only(graph, "HYWUExportLoRA")).rsplit("/", 1)[1]
+    assert here.texts[only(graph, "HYWUExportLoRA")] == [f"exported {exported}"]
+    other = small_graph("use_shared_lora")
+    other[only(other, "HYWUImportLoRA")]["inputs"]["folder"] = exported
+    assert not node_ids(other, "HYWUGeneratorLoader")
+    assert np.array_equal(
+        pixels(server, server.run(other), only(other, "SaveImage")), pixels(server, here, only(graph, "SaveImage")))
+
+
 def test_every_shipped_graph_has_its_twin():
     workflows = GRAPHS.parents[1] / "workflows"
     assert {path.name for path in GRAPHS.glob("*.json")} == {path.name for path in workflows.glob("*.json")}

@@ -10,8 +10,8 @@ from comfyui_hywu.tests.comfy.server import PACK, Refused
 
 # Ids are promises: graphs of users hold them.
 NODES = {
-    "HYWUModelLoader": (["backbone", "dtype", "format"], ["HYWU_MODEL", "VAE"]),
-    "HYWUGeneratorLoader": (["generator", "dtype"], ["HYWU_GENERATOR"]),
+    "HYWUModelLoader": (["backbone", "dtype", "format", "placement"], ["HYWU_MODEL", "VAE"]),
+    "HYWUGeneratorLoader": (["generator", "dtype", "placement"], ["HYWU_GENERATOR"]),
     "HYWUThink": (["model", "instruction", "seed", "mode", "max_new_tokens", "temperature", "top_k", "top_p", "system_prompt",
                    "image_1", "image_2", "image_3"], ["STRING"]),
     "HYWUConditionEncoder": (["model", "instruction", "seed", "fit", "system_prompt", "thinking", "image_1", "image_2",
@@ -20,8 +20,21 @@ NODES = {
     "HYWULoRAInjector": (["model", "lora", "strength"], ["HYWU_MODEL"]),
     "HYImageSampler": (["model", "condition", "steps", "guidance", "shift", "seed", "size"], ["LATENT"]),
     "HYWUMatchAspect": (["image", "model", "condition"], ["IMAGE"]),
-    "HYWUSaveLoRA": (["lora", "filename_prefix"], []),
+    "HYWUSaveLoRA": (["lora", "filename_prefix", "stored", "keep_experts", "image"], []),
     "HYWULoadLoRA": (["lora_name"], ["HYWU_LORA"]),
+    "HYWULoadLoRAs": (["folder", "filter"], ["HYWU_LORA", "STRING"]),
+    "HYWUExportLoRA": (["lora", "filename_prefix"], []),
+    "HYWUImportLoRA": (["folder", "model"], ["HYWU_LORA"]),
+    "HYWUScaleLoRA": (["lora", "factor"], ["HYWU_LORA"]),
+    "HYWUBlendLoRAs": (["lora_1", "weight_1", "weight_2", "weight_3", "weight_4", "rank", "lora_2", "lora_3", "lora_4"],
+                       ["HYWU_LORA", "FLOAT"]),
+    "HYWUMaskLoRA": (["lora", "layers", "attention", "shared_mlp", "routed_experts", "experts", "invert"], ["HYWU_LORA"]),
+    "HYWUMeanLoRAs": (["lora_1", "of", "rank", "lora_2", "lora_3", "lora_4"], ["HYWU_LORA"]),
+    "HYWUInspectLoRA": (["lora", "model", "sample"], ["IMAGE", "IMAGE", "IMAGE", "STRING"]),
+    "HYWUCompareLoRAs": (["lora_a", "lora_b"], ["IMAGE", "FLOAT", "STRING"]),
+    "HYWUMapLoRAs": (["folder", "filter", "lora_1", "lora_2", "lora_3", "lora_4"], ["IMAGE", "STRING"]),
+    "HYWULoRAAB": (["model", "lora", "condition", "vae", "steps", "guidance", "shift", "seed", "size", "strength"],
+                   ["IMAGE", "IMAGE", "IMAGE"]),
 }
 
 
@@ -190,6 +203,7 @@ def test_a_damaged_lora_file_is_refused(server):
     graph[only(graph, "HYWULoadLoRA")]["inputs"]["lora_name"] = "damaged.safetensors"
     message = failure(server, graph)
     assert message.startswith("HYWULoadLoRA") and "damaged.safetensors" in message
+    (folder / "damaged.safetensors").unlink()  # whoever loads all LoRAs of this server would meet it
 
 
 def test_a_batch_counts_as_pictures_and_four_are_too_many(server):

@@ -59,6 +59,12 @@ class Replay:
                 if stage.streamed_from == "ram":
                     held += [_bytes(stored_layout(self.backbone.model.layers[number], self.dtype, RANK, plan.format).nbytes)
                              for number in stage.streamed]
+            # Layers that come, or are unpacked, for their turn: their part of the LoRA waits in pinned memory.
+            absent = range(len(self.backbone.model.layers)) if plan.format != "bf16" else [
+                number for stage in plan.stages for number in stage.streamed]
+            held += [torch.empty(shape, dtype=self.dtype, device="meta") for number in absent
+                     for _, module in adapted_modules(self.backbone.model.layers[number]) for target in module.targets()
+                     for shape in (target.a_shape(RANK), target.b_shape(RANK))]
             held += [each for name, place in plan.places.items() if place == "cpu" for each in _copies(*self.parts[name])]
             if plan.generator.mode != "resident" and plan.generator.kept == "ram":
                 held += self.generator_weights(self.blocks)

@@ -14,6 +14,7 @@ from comfyui_hywu.hywu_core.errors import RequestError
 from comfyui_hywu.hywu_core.handle import InjectedLoRA, build_backbone
 from comfyui_hywu.hywu_core.lora.attach import attached
 from comfyui_hywu.hywu_core.placement.build import Placed
+from comfyui_hywu.hywu_core.placement.stored import InMemory
 
 from ..lora.test_attach import random_lora
 from ..tiny import write_backbone
@@ -80,6 +81,22 @@ def test_a_ring_between_memory_and_device_changes_no_bit(folder, ring, inference
         assert torch.equal(run(placed), expected)
     with torch.inference_mode(inference), placed.at_work():
         assert torch.equal(adapted(placed, 16), under_lora)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_of_the_routed_experts_only_the_chosen_ones_travel_for_a_single_token(folder, form, monkeypatch):
+    through_the_ring(monkeypatch)
+    placed, moved, numbers = load(folder, stage(0, LAYERS, range(LAYERS)), form=form), [], []
+    fill, experts = InMemory.fill, InMemory.experts
+    monkeypatch.setattr(InMemory, "fill", lambda self, buffer: moved.append((self, len(buffer))) or fill(self, buffer))
+    monkeypatch.setattr(
+        InMemory, "experts", lambda self, path, chosen, device: numbers.append(chosen) or experts(self, path, chosen, device))
+    config = placed.config
+    cos, sin = table(positions(1, []), config.attention_head_dim, config.rope_theta)
+    placed.run(torch.randn(1, 1, config.hidden_size), (cos, sin), None, placed.new_cache(1, 1))
+    assert len(moved) >= LAYERS and all(nbytes == stored.layout.dense_nbytes < stored.layout.nbytes for stored, nbytes in moved)
+    assert [len(chosen) for chosen in numbers] == [config.moe_topk[0]] * LAYERS and config.moe_topk[0] < config.num_experts
 
 
 @pytest.mark.parametrize("form", ["fp8", "bf16"])

@@ -2,16 +2,19 @@
 
 import random
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from comfyui_hywu.hywu_core.cli import main
 from comfyui_hywu.hywu_core.errors import PlacementError
+from comfyui_hywu.hywu_core.placement.build import whole
 from comfyui_hywu.hywu_core.placement.devices import GIB, parse_devices
 from comfyui_hywu.hywu_core.placement.plan import plan
 from comfyui_hywu.hywu_core.placement.request import Request
 from comfyui_hywu.hywu_core.placement.table import describe
 
+from ..tiny import write_backbone
 from .conftest import DATA
 
 MACHINES = (
@@ -91,6 +94,19 @@ def test_one_card_of_24_streams_four_bits_from_memory(planned):
     here = [layer for layer in range(32) if layer not in stage.streamed]
     gaps = [b - a for a, b in zip(here, here[1:], strict=False)]
     assert max(gaps) - min(gaps) <= 1 < min(gaps)
+
+
+def test_chosen_experts_travel_or_are_computed_where_they_lie_whichever_is_faster(planned, sizes):
+    """Plain weights in RAM are read faster by the CPU than they come over PCIe; packed ones and those on disk travel."""
+    plain, packed = planned("1x24+192ram", "bf16"), planned("1x24+192ram", "int4")
+    assert [stage.experts_on_host for stage in (*plain.stages, *packed.stages)] == [True, False]
+    assert "single tokens on the CPU" in describe(plain)
+    disk = planned("1x24+32ram", "bf16")
+    assert disk.stages[0].streamed_from == "disk" and not disk.stages[0].experts_on_host
+    # A link as fast as the memory: travelling costs less than 60 % of the memory's bandwidth.
+    *cards, ram = parse_devices("1x24+192ram")
+    near = plan(sizes, (replace(cards[0], link=ram.bandwidth), ram), Request(), format="bf16")
+    assert near.streamed and not near.stages[0].experts_on_host
 
 
 def test_unequal_cards_share_by_what_they_have(planned):
@@ -205,6 +221,33 @@ def test_the_command_needs_no_weights(capsys):
     assert main([*common, "--format", "bf16", "--streaming", "none"]) == 1
     assert "would fit" in capsys.readouterr().err
     assert main(["plan", str(config), "--devices", "1xbig"]) == 1
+
+
+def test_a_generator_for_another_backbone_is_refused(tiny_folders, capsys):
+    assert main(["plan", str(tiny_folders[0]), "--generator", str(DATA / "hy-wu.config.json"), "--devices", "24+64ram"]) == 1
+    said = capsys.readouterr().err
+    assert "32 layers of width 4096" in said and "has 2 of width" in said and "made for it" in said
+
+
+def test_a_generator_is_counted_in_the_dtype_that_it_is_loaded_in(capsys):
+    """A CPU with room for it computes in float32, the generator too: 32.4 GB instead of 16.2."""
+    config, generator = DATA / "hunyuanimage3-instruct.config.json", DATA / "hy-wu.config.json"
+    assert main(["plan", str(config), "--generator", str(generator), "--devices", "cpu+1024ram"]) == 0
+    text = capsys.readouterr().out
+    assert "float32" in text and "generator 32.4" in text
+
+
+def test_a_backbone_with_few_positions_is_planned_with_what_it_has(tmp_path, capsys):
+    folder = write_backbone(tmp_path / "backbone", max_position_embeddings=300)
+    assert main(["plan", str(folder), "--devices", "24+64ram", "--thinking", "20"]) == 0
+    said = capsys.readouterr()
+    assert re.search(r"rows? of 300 tokens", said.out)
+    assert "20 tokens of thinking do not fit into the backbone's 300 positions, planned with 0" in said.err
+
+
+def test_a_plan_that_nobody_made_says_where_things_are(real_config):
+    text = describe(whole(real_config, torch.bfloat16, "cpu"))
+    assert "0-31 on cpu" in text and "not planned" in text and "peak" not in text
 
 
 def test_a_small_checkpoint_lies_where_it_is(tiny_folders, capsys):

@@ -14,6 +14,7 @@ PLANS = (
     ("8x40", "auto", {}), ("4x80", "auto", {}), ("2x141", "auto", {}), ("1x141", "fp8", {}), ("1x96", "int4", {}),
     ("2x48", "auto", {}), ("2x48", "int4", {}), ("1x24+64ram", "int4", {}), ("2x24+192ram", "int8", {}),
     ("24,48+96ram", "auto", {}), ("48:24+64ram", "int4", {}), ("1x12+64ram", "int4", {"rows": 1}), ("cpu+24ram", "auto", {}),
+    ("1x32+128ram", "auto", {}), ("2x24+192ram", "int4", {}), ("1x16+64ram", "auto", {}), ("cpu+192ram", "auto", {}),
     ("4x80", "auto", {"pictures": 3}), ("1x24+64ram", "int4", {"pictures": 0, "size": "768x1024", "thinking": 0}))
 
 

@@ -5,11 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from comfyui_hywu.hywu_core.condition import encode
 from comfyui_hywu.hywu_core.errors import RequestError
 from comfyui_hywu.hywu_core.generator.handle import write_lora
-from comfyui_hywu.hywu_core.lora.value import LoRA, Provenance
 from comfyui_hywu.hywu_core.training import evaluate, language
 from comfyui_hywu.hywu_core.training.edits import DAMAGES, EDITS, edited, luma
 from comfyui_hywu.hywu_core.training.evaluate import Asked, Case
@@ -110,28 +108,6 @@ def test_one_photo_or_one_edit_is_too_few():
         evaluate.of_another_photo(*asked_of(SOME, 1))
     with pytest.raises(RequestError, match="1 edit, at least 2"):
         evaluate.shuffled(*asked_of(("gray",), 3))
-
-
-def random_lora(seed: int) -> LoRA:
-    noise = torch.Generator().manual_seed(seed)
-    tensors = {f"model.layers.{layer}.{name}.lora_{side}": torch.randn(shape, generator=noise)
-               for layer in range(2) for name in ("self_attn.qkv_proj", "mlp.down_proj")
-               for side, shape in (("A", (3, 6)), ("B", (5, 3)))}
-    return LoRA.from_tensors(tensors, 6.0, Provenance("backbone", instruction=f"number {seed}"))
-
-
-def test_the_mean_of_one_lora_is_that_lora():
-    lora = random_lora(0)
-    mean = evaluate.mean_lora([lora])
-    assert mean.digest == lora.digest and mean.alpha == lora.alpha and mean.targets == lora.targets
-
-
-def test_the_mean_of_two_loras_is_halfway_and_belongs_to_no_request():
-    one, two = random_lora(0), random_lora(1)
-    mean = evaluate.mean_lora([one, two])
-    for key, value in mean.tensors.items():
-        torch.testing.assert_close(value, (one.tensors[key] + two.tensors[key]) / 2)
-    assert mean.provenance == Provenance("backbone")
 
 
 def test_psnr_is_decibels():
