@@ -23,13 +23,29 @@ def test_what_is_none_is_refused_with_the_remedy(text):
         Address.parse(text)
 
 
-def test_loopback_alone_gets_settings(monkeypatch):
-    for name in ("RAY_AUTH_MODE", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_worker_niceness"):
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+    """An empty home, and nothing said about Ray in the environment: what a new machine has."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+                 "RAY_worker_niceness"):
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pathlib.Path.home", lambda: tmp_path)
+    return tmp_path
+
+
+def test_loopback_alone_gets_settings(home, monkeypatch):
+    (home / ".ray").mkdir()
+    (home / ".ray" / "auth_token").write_text("0" * 64)
     assert environment(Address("10.0.0.1:6379")) == {} == environment(Address("ray://rack:10001"))
     assert environment(Address("127.0.0.1:6379"))["RAY_AUTH_MODE"] == "token"
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     assert "RAY_AUTH_MODE" not in environment(Address("localhost:6379"))
+
+
+def test_who_has_no_token_joins_without(home):
+    """A cluster of one's own, started without tokens: Ray would refuse the mode."""
+    found = environment(Address("127.0.0.1:6379"))
+    assert found and "RAY_AUTH_MODE" not in found
 
 
 def test_clients_and_nodes_do_not_import_ray():
