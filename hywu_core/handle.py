@@ -60,14 +60,27 @@ def load_model(
     folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, plan: Plan | None = None,
     on_tick: Tick = silent,
 ) -> ModelHandle:
-    """Load a backbone folder: the published one, one that `hywu convert` made, or the native pack's files.
+    """``open_model``, and its weights; on_tick counts their MB while they are read. If it raises (a cancel) nothing is kept."""
+    model = open_model(folder, device=device, dtype=dtype, plan=plan)
+    try:
+        model.placed.load(on_tick)
+    except BaseException:
+        model.placed.release()
+        raise
+    return model
+
+
+def open_model(
+    folder: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None, plan: Plan | None = None,
+) -> ModelHandle:
+    """A backbone folder that is ready to be loaded (``model.placed.load``): everything of it but the weights.
 
     Args:
-        folder: config.json, generation_config.json, tokenizer.json, system_prompt.py and the weights.
+        folder: config.json, generation_config.json, tokenizer.json, system_prompt.py and the weights: the published one, one
+            that `hywu convert` made, or with the native pack's files.
         device: where everything goes that no plan puts elsewhere.
         dtype: what weights are computed in; None takes the plan's or config.json's torch_dtype.
         plan: where everything goes, of ``placement``; then ``device`` is not asked for.
-        on_tick: called while weights are read, in MB.
 
     Raises:
         CheckpointError: something is missing, damaged or contradicts config.json; the file is named.
@@ -85,5 +98,4 @@ def load_model(
     tokenizer = Tokenizer.from_folder(folder, config)
     shards = open_shards(folder)
     placed = Placed(build_backbone(config, dtype), shards, plan)
-    placed.load(on_tick)
     return ModelHandle(placed, tokenizer, config, generation, system_prompts, backbone_fingerprint(shards))

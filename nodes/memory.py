@@ -1,8 +1,8 @@
 """Memory: our models in ComfyUI's list of loaded models, brought back when they are needed, smaller after running out of it.
 
-Owns loading by a plan, the entry that ComfyUI's unload buttons and its own low-memory calls release the backbone through, and
-the one place where an out-of-memory error is caught. What is planned for is ``plan.py``'s, the VAE ``vae.py``'s; nothing of
-``comfy.model_management`` is patched.
+Owns loading by a plan and going on with a load that was cancelled, the entry that ComfyUI's unload buttons and its own
+low-memory calls release the backbone through, and the one place where an out-of-memory error is caught. What is planned for is
+``plan.py``'s, the VAE ``vae.py``'s; nothing of ``comfy.model_management`` is patched.
 
 A generator has no entry: on a GPU it holds nothing between its turns. It waits in RAM or on disk and comes block by block while
 others work, which takes less memory than any other way and, as a block works longer than the next one travels, hardly longer.
@@ -25,7 +25,7 @@ from ..hywu_core.config import GeneratorConfig, torch_dtype
 from ..hywu_core.errors import PlacementError
 from ..hywu_core.generator.handle import GeneratorHandle, load_generator, write_lora
 from ..hywu_core.generator.sizes import generator_sizes
-from ..hywu_core.handle import ModelHandle, load_model
+from ..hywu_core.handle import ModelHandle, open_model
 from ..hywu_core.lora.value import LoRA
 from ..hywu_core.placement.activations import writing
 from ..hywu_core.placement.build import Placed
@@ -48,7 +48,7 @@ class HYWUBackbone(torch.nn.Module):
 
 
 class PlacedPatcher(comfy.model_patcher.ModelPatcher):
-    """A placed backbone as an entry of ComfyUI's list: there as a whole, or released.
+    """A placed backbone as an entry of ComfyUI's list: there as a whole, as far as a cancelled load came, or released.
 
     It counts for ComfyUI's device, where the unload button looks; releasing gives back all other cards, too. The entry refers
     to the backbone weakly: it is the handles that keep it.
@@ -68,20 +68,32 @@ class PlacedPatcher(comfy.model_patcher.ModelPatcher):
         """What it held when it was last loaded."""
         return self.size
 
+    @property
+    def there(self) -> bool:
+        return self.placed is not None and (self.placed.loaded or self.placed.begun)
+
     def loaded_size(self) -> int:
-        return self.placed.nbytes(self.load_device) if self.placed is not None and self.placed.loaded else 0
+        return self.placed.nbytes(self.load_device) if self.there else 0
 
     def current_loaded_device(self) -> torch.device:
-        return self.load_device if self.placed is not None and self.placed.loaded else self.offload_device
+        return self.load_device if self.there else self.offload_device
 
     def partially_load(self, device_to: torch.device, extra_memory: float = 0, force_patch_weights: bool = False) -> int:
-        """Load by the plan; how much goes to the card is the plan's affair, not ``extra_memory``'s."""
+        """Nothing yet: ``fill`` does it once the entry is in the list, where the unload buttons find what a cancel leaves."""
+        return 0
+
+    def fill(self) -> None:
+        """Load by the plan, which alone says how much goes to the card."""
         if self.placed.loaded:
-            return 0
-        logging.info("HY-WU: loading the backbone again after it was unloaded")
-        self.placed.load(host.ticker())
-        self.size = self.loaded_size()
-        return self.size
+            return
+        if self.placed.begun:
+            logging.info("HY-WU: going on with the load that was cancelled")
+        elif self.size:
+            logging.info("HY-WU: loading the backbone again after it was unloaded")
+        try:
+            self.placed.load(host.ticker())
+        finally:
+            self.size = self.loaded_size() or self.size
 
     def partially_unload(self, device_to: torch.device, memory_to_free: float = 0, force_patch_weights: bool = False) -> int:
         """Nothing: layers lie where the plan put them or nowhere. ComfyUI then detaches."""
@@ -89,7 +101,7 @@ class PlacedPatcher(comfy.model_patcher.ModelPatcher):
 
     def detach(self, unpatch_all: bool = True) -> torch.nn.Module:
         """ComfyUI wants the memory (``unpatch_all``), or only changes its list."""
-        if unpatch_all and self.placed is not None and self.placed.loaded:
+        if unpatch_all and self.there:
             self.placed.release()
             gc.collect()  # stages and what streams into them refer to each other
             logging.info("HY-WU: unloaded the backbone")
@@ -97,6 +109,8 @@ class PlacedPatcher(comfy.model_patcher.ModelPatcher):
 
 
 _PATCHERS: weakref.WeakKeyDictionary[Placed, PlacedPatcher] = weakref.WeakKeyDictionary()
+# The backbone whose load is under way or was cancelled, by what was asked for; at most one.
+_BEGUN: dict[tuple, ModelHandle] = {}
 
 
 # ---- backbones
@@ -105,29 +119,29 @@ _PATCHERS: weakref.WeakKeyDictionary[Placed, PlacedPatcher] = weakref.WeakKeyDic
 def load(folder: Path, dtype: torch.dtype | None, format: str) -> ModelHandle:
     """Plan for this machine, show the plan in the node, ask other models to leave as far as it needs, and load.
 
+    A load that was cancelled goes on if the same is asked for again; it gives its memory back if anything else is.
     Raises PlacementError if it does not fit, before a byte is read.
     """
-    wanted = plan.wanted(folder, dtype, format)
-    chosen = plan.make_plan(wanted)
-
-    def attempt() -> ModelHandle:
-        host.say(describe(chosen))
-        plan.make_room(chosen)
-        return load_model(folder, plan=chosen, on_tick=host.ticker())
-
-    def smaller(said: str) -> None:
-        nonlocal chosen
-        _unload_everything()
-        chosen = _smaller(wanted, chosen, 0, said)
-
-    model = _twice(attempt, smaller, lambda: chosen)
-    _PATCHERS[model.placed] = PlacedPatcher(model, wanted)
-    ready(model)
+    asked = (folder, host.files_fingerprint(folder), dtype, format)
+    model = _BEGUN.pop(asked, None)
+    while _BEGUN:
+        _BEGUN.popitem()[1].placed.release()
+    if model is None or not model.placed.begun:  # or it was unloaded since, and there may be a better plan by now
+        wanted = plan.wanted(folder, dtype, format)
+        model = open_model(folder, plan=plan.make_plan(wanted))
+        _PATCHERS[model.placed] = PlacedPatcher(model, wanted)
+    host.say(describe(model.placed.plan))
+    _BEGUN[asked] = model
+    try:
+        at_work(model, 0, lambda: None)
+    finally:
+        if not model.placed.begun:
+            del _BEGUN[asked]
     return model
 
 
 def ready(model: ModelHandle) -> None:
-    """Bring the backbone back if it was released, and ask others to leave the room that an edit needs beside its weights.
+    """Load the backbone if it is not there, and ask others to leave the room that an edit needs beside its weights.
 
     Handles with different LoRAs share one backbone and one entry.
     """
@@ -135,15 +149,14 @@ def ready(model: ModelHandle) -> None:
     if patcher is None:
         return  # loaded by somebody else than our node, who then sees to it
     management, needed = comfy.model_management, 0
-    for peak in model.placed.plan.peaks:
-        device = torch.device(peak.device)
-        there = model.placed.nbytes(device) if model.placed.loaded else 0
+    for device, nbytes in plan.lacking(model.placed.plan, model.placed.nbytes if patcher.there else lambda _: 0).items():
         if device == patcher.load_device:
-            # Weights that are to come are what ComfyUI asks the entry for; this is the rest.
-            needed = max(0, plan.need(peak) - (there or patcher.model_size()))
-        elif device.type != "cpu":
-            management.free_memory(max(0, plan.need(peak) - there), device)
+            # Weights that come back are what ComfyUI asks the entry for; this is the rest.
+            needed = nbytes if patcher.there else max(0, nbytes - patcher.model_size())
+        else:
+            management.free_memory(nbytes + management.extra_reserved_memory(), device)
     management.load_models_gpu([patcher], memory_required=needed)
+    patcher.fill()
 
 
 def at_work(model: ModelHandle, pictures: int, stage: Callable[[], Result]) -> Result:
@@ -162,7 +175,7 @@ def at_work(model: ModelHandle, pictures: int, stage: Callable[[], Result]) -> R
     def smaller(said: str) -> None:
         _unload_everything()
         if patcher is not None:
-            patcher.detach()  # it may have left ComfyUI's list without being released: cancelled while it was loading
+            patcher.detach()  # it may have left ComfyUI's list without being released
             model.placed.plan = _smaller(patcher.wanted, model.placed.plan, pictures, said)
             host.say(f"ran out of memory ({said}); once more with a smaller plan:\n{describe(model.placed.plan)}")
 

@@ -1,10 +1,11 @@
-"""Planning inside ComfyUI: what would be free if its other models left, what to plan for, and asking them to leave.
+"""Planning inside ComfyUI: what would be free if its other models left, what to plan for, and how much room that takes.
 
 Owns the devices as ComfyUI grants them, the request and the generator that a backbone is planned with, and the next smaller
 plan. How a plan is found is ``hywu_core/placement``'s, loading by one and running under it ``memory.py``'s.
 """
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,10 +123,7 @@ def smaller_plan(wanted: Wanted, before: Plan, pictures: int) -> Plan:
     raise PlacementError(refusals[-1])
 
 
-def make_room(chosen: Plan) -> None:
-    """Ask the models in ComfyUI's list to leave the cards, as far as the plan needs the room."""
-    management = comfy.model_management
-    for peak in chosen.peaks:
-        device = torch.device(peak.device)
-        if device.type != "cpu":
-            management.free_memory(need(peak) + management.extra_reserved_memory(), device)
+def lacking(chosen: Plan, there: Callable[[torch.device], int]) -> dict[torch.device, int]:
+    """Bytes that the plan needs on each card, beyond what the backbone holds ``there`` already."""
+    cards = [(torch.device(peak.device), peak) for peak in chosen.peaks]
+    return {device: max(0, need(peak) - there(device)) for device, peak in cards if device.type != "cpu"}

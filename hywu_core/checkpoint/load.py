@@ -73,25 +73,41 @@ def load_weights(module: nn.Module, shards: Shards, *, skip: frozenset[str] = fr
 
 
 def read_tensors(places: Mapping[str, Tensor], shards: Shards, on_tick: Tick = silent) -> None:
-    """Read the stored tensor of each name in ``places`` into its place, in the order of the files; dtypes are converted.
+    """Read the stored tensor of each name in ``places`` into its place: a ``Reading`` that is run once."""
+    Reading(places, shards).run(on_tick)
 
-    Several large files are read at once. Places may lie on any device and have strided rows. on_tick as in ``load_weights``,
-    called from this thread. Raises CheckpointError for a file that is cut off, NaN or Inf.
+
+class Reading:
+    """Tensors on their way from the files into their places, in the order of the files; dtypes are converted.
+
+    Places may lie on any device and have strided rows. A run that ended early (a cancel) leaves what it had read complete:
+    the next one goes on with the others.
     """
-    wanted = sorted(((name, shards.entries[name]) for name in places), key=lambda item: (item[1].file.name, item[1].offset))
-    total = sum(entry.nbytes for _, entry in wanted)
-    files = [_read_file(file, list(group), places) for file, group in groupby(wanted, key=lambda item: item[1].file)]
-    readers = min(READERS, len(files), os.cpu_count() or 1) if total >= PARALLEL_BYTES else 1
-    done, ticked = 0, 0
-    on_tick(0, -(-total // MB), None)
-    # Closed here and now when a tick raises, so that no thread goes on writing into memory that is being given back.
-    with closing(at_once(files, readers)) as counts:
-        for nbytes in counts:
-            done += nbytes
-            if done - ticked >= TICK_BYTES:
-                ticked = done
-                on_tick(done // MB, -(-total // MB), None)
-    on_tick(-(-total // MB), -(-total // MB), None)
+
+    def __init__(self, places: Mapping[str, Tensor], shards: Shards):
+        self._places, self._entries = dict(places), shards.entries
+        self.total = sum(self._entries[name].nbytes for name in places)  # bytes
+
+    def run(self, on_tick: Tick = silent) -> None:
+        """Read what is missing; several large files are read at once. on_tick as in ``load_weights``, called from this thread.
+
+        Raises CheckpointError for a file that is cut off or was changed, NaN or Inf.
+        """
+        wanted = sorted(((name, self._entries[name]) for name in self._places),
+                        key=lambda item: (item[1].file.name, item[1].offset))
+        left, total = sum(entry.nbytes for _, entry in wanted), -(-self.total // MB)
+        files = [_read_file(file, list(group), self._places) for file, group in groupby(wanted, key=lambda item: item[1].file)]
+        readers = min(READERS, len(files), os.cpu_count() or 1) if left >= PARALLEL_BYTES else 1
+        done = ticked = self.total - left
+        on_tick(done // MB, total, None)
+        # Closed here and now when a tick raises, so that no thread goes on writing into memory that is being given back.
+        with closing(at_once(files, readers)) as counts:
+            for nbytes in counts:
+                done += nbytes
+                if done - ticked >= TICK_BYTES:
+                    ticked = done
+                    on_tick(done // MB, total, None)
+        on_tick(total, total, None)
 
 
 def usable_device(name: torch.device | str) -> torch.device:
@@ -188,8 +204,8 @@ def materialise(module: nn.Module, device: torch.device | Callable[[str], torch.
                 part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=where)
 
 
-def _read_file(file: Path, group: Sequence[tuple[str, TensorEntry]], places: Mapping[str, Tensor]) -> Iterator[int]:
-    """Read the tensors of one file into their places; yields the bytes of each chunk."""
+def _read_file(file: Path, group: Sequence[tuple[str, TensorEntry]], places: dict[str, Tensor]) -> Iterator[int]:
+    """Read the tensors of one file into their places, which are struck off when complete; yields the bytes of each chunk."""
     bounce = torch.empty(CHUNK_BYTES, dtype=torch.uint8)
     with open(file, "rb", buffering=0) as handle:
         # A model that was released may be read again days later: other weights at the old places would load without a sign.
@@ -197,6 +213,7 @@ def _read_file(file: Path, group: Sequence[tuple[str, TensorEntry]], places: Map
             raise CheckpointError(f"{file} was changed after its header had been read: load the model again")
         for name, entry in group:
             yield from _read_tensor(handle, name, entry, places[name], bounce)
+            del places[name]
 
 
 def _read_tensor(handle: FileIO, name: str, entry: TensorEntry, place: Tensor, bounce: Tensor) -> Iterator[int]:

@@ -4,6 +4,7 @@ Owns the order of loading, and packing while loading (a matrix at a time: there 
 memory back and loading again. The plan is ``plan.py``'s, what happens when a layer's turn comes ``streaming.py``'s.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -20,6 +21,7 @@ from ..checkpoint.load import (
     MB,
     TICK_BYTES,
     UNUSED_VISION_HEAD,
+    Reading,
     check_names,
     materialise,
     read_tensors,
@@ -38,7 +40,7 @@ from .sizes import RANK
 from .slab import SlabLayout, adapted_modules, compute_layout, packed_layout, stored_layout
 from .stored import InMemory, OnDisk, new_slab
 from .streaming import Streamed, Streaming
-from .visits import absent, put_back, reading, visiting
+from .visits import Absent, absent, put_back, reading, visiting
 
 # A place of parts that this process does not hold, beside devices and "disk"; layers that no stage has are not held either.
 ELSEWHERE = "elsewhere"
@@ -59,7 +61,8 @@ def whole(config: BackboneConfig, dtype: torch.dtype, device: torch.device | str
 class Placed:
     """A backbone in its places: loaded, released for others and loaded again, by the same plan or another one.
 
-    backbone: built on ``meta``. It may be used while ``loaded`` is true; a released one refuses to run.
+    backbone: built on ``meta``. It may be used while ``loaded`` is true; a released one refuses to run. ``begun``: a load was
+    cancelled, and what it had read is kept for the next one.
     """
 
     def __init__(self, backbone: Backbone, shards: Shards, plan: Plan):
@@ -70,48 +73,70 @@ class Placed:
         published = {name: place for name, place in slots(backbone).items() if _owner(name) not in self._files.weights}
         check_names(published, self._files.plain, UNUSED_VISION_HEAD)
         self._slabs: list[tuple[torch.device, int]] = []
+        self._loading: _Loading | None = None
+
+    @property
+    def begun(self) -> bool:
+        return self._loading is not None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def load(self, on_tick: Tick = silent) -> None:
         """Bring everything to where the plan puts it; what is in memory already is moved and not read again.
 
-        on_tick counts MB; what it raises (a cancel) passes through, and what was loaded so far is released.
+        on_tick counts MB; what it raises (a cancel) passes through. Then what was read and packed so far stays, and the next
+        call goes on with the rest, unless the plan has changed or ``release`` has given it back.
 
         Raises:
-            CheckpointError: a file is cut off or holds NaN or Inf.
+            CheckpointError: a file is cut off, was changed or holds NaN or Inf; what was read is released, as after any error.
             RequestError: a device that is not there; layers that stay on disk in another format than the files'.
         """
         backbone, plan = self.backbone, self.plan
         for name in {stage.device for stage in plan.stages}:
             usable_device(name)
-        loading = _Loading(self._files, plan.format, on_tick)
-        before = absent((backbone,))
-        stages: list[Stage] = []
+        if self._loading is not None and self._loading.plan is not plan:
+            self.release()
+        ticking = False
+
+        def tick(*arguments) -> None:
+            nonlocal ticking
+            ticking = True
+            on_tick(*arguments)
+            ticking = False
+
         try:
-            loading.places |= self._rest()
-            for part in plan.stages:
-                stage = Stage(backbone.model.layers[part.first : part.first + part.layers], part.first)
-                streaming = self._place_layers(stage, part, loading)
-                stage.present, stage.rest = streaming.present, streaming.rest
-                stages.append(stage)
-                on_tick(0, loading.total, None)
-            loading.run()
-            for stage in stages:
+            if self._loading is None:
+                self._begin()
+            self._loading.run(tick)
+            for stage in self._loading.stages:
                 choose(stage.device, plan.dtype)
         except BaseException:
-            put_back(before)  # or half-read memory would count as loaded next time
-            backbone.stages = (*backbone.stages, *stages)
-            self.release()
+            if not ticking:
+                self.release()
             raise
-        backbone.stages, backbone.waves, backbone.home = tuple(stages), plan.waves, torch.device(plan.home)
+        backbone.stages, self._loading = tuple(self._loading.stages), None
+        backbone.waves, backbone.home = plan.waves, torch.device(plan.home)
         self._set_visits()
         self.loaded = True
 
+    def _begin(self) -> None:
+        """Memory for everything, and what is to be read into it."""
+        self._loading = loading = _Loading(self._files, self.plan, absent((self.backbone,)))
+        loading.places |= self._rest()
+        for part in self.plan.stages:
+            stage = Stage(self.backbone.model.layers[part.first : part.first + part.layers], part.first)
+            streaming = self._place_layers(stage, part, loading)
+            stage.present, stage.rest = streaming.present, streaming.rest
+            loading.stages.append(stage)
+
     def release(self) -> None:
-        """Give back what the layers hold, on devices and in RAM, and keep all else in RAM."""
+        """Give back what the layers hold, on devices and in RAM, and keep all else in RAM; a load that was begun, whole."""
         released = Stage(self.backbone.model.layers, 0)
         released.present = _refuse_to_run
+        if self._loading is not None:
+            put_back(self._loading.before)  # or half-read memory would count as loaded next time
+            self.backbone.stages = (*self.backbone.stages, *self._loading.stages)
+            self._loading = None
         for stage in self.backbone.stages:
             stage.rest()
             # What streams into a stage refers to it: without this the memory would wait for the garbage collector.
@@ -207,12 +232,18 @@ def _owner(name: str) -> tuple[str, str]:
 
 
 class _Loading:
-    """What is to be read, collected first: tensors that go to their places in the order of the files, then what is packed."""
+    """What is to be read, collected first: tensors that go to their places in the order of the files, then what is packed.
 
-    def __init__(self, files: Packed, form: str, on_tick: Tick):
-        self._files, self._form, self._on_tick = files, form, on_tick
+    Also what belongs to a load that has not ended: its plan, its stages, and what was on meta ``before``.
+    """
+
+    def __init__(self, files: Packed, plan: Plan, before: Absent):
+        self._files, self.plan, self.before = files, plan, before
+        self.stages: list[Stage] = []
         self.places: dict[str, torch.Tensor] = {}
-        self._matrices: list[tuple[str, Codec, dict[str, torch.Tensor], torch.device]] = []
+        self._matrices: deque[tuple[str, Codec, dict[str, torch.Tensor], torch.device]] = deque()
+        self._reading: Reading | None = None
+        self._packed = 0  # bytes of matrices that are done
 
     def layout(self, number: int, layer: DecoderLayer, dtype: torch.dtype) -> SlabLayout:
         """The files' own form of a layer if it is packed there, else the plan's."""
@@ -221,7 +252,7 @@ class _Loading:
             for name in module.ROOMS:
                 if (weight := self._weight(number, path, name)) is not None:
                     codecs[path, name] = weight.codec
-        return packed_layout(layer, dtype, codecs) if codecs else stored_layout(layer, dtype, RANK, self._form)
+        return packed_layout(layer, dtype, codecs) if codecs else stored_layout(layer, dtype, RANK, self.plan.format)
 
     def into_memory(self, number: int, layer: DecoderLayer, kept: InMemory, device: torch.device) -> None:
         """Read a layer into its slab; what is packed here is packed on ``device``."""
@@ -250,34 +281,32 @@ class _Loading:
                 if weight is not None:
                     sources |= {(path, f"{name}.{field}"): [stored] for field, stored in weight.names.items()}
                 elif (path, name) in layout.codecs:
-                    raise RequestError(f"layers that stay on disk must be there as {self._form} already: run `hywu convert` to "
-                                       f"{self._form} once and load that folder")
+                    raise RequestError(f"layers that stay on disk must be there as {self.plan.format} already: run `hywu "
+                                       f"convert` to {self.plan.format} once and load that folder")
                 else:
                     sources[path, name] = list(_sources(number, path, module, name))
         return OnDisk(layout, self._files.shards, sources)
 
-    @property
-    def total(self) -> int:
-        """MB to be read, as far as is known yet."""
+    def run(self, on_tick: Tick) -> None:
+        """Read everything that is missing; ticks in MB over both parts."""
         entries = self._files.shards.entries
-        names = (*self.places, *(source for source, *_ in self._matrices))
-        return -(-sum(entries[name].nbytes for name in names) // MB)
-
-    def run(self) -> None:
-        """Read everything; ticks in MB over both parts."""
-        entries, total = self._files.shards.entries, self.total
-        done = sum(entries[name].nbytes for name in self.places)
-        read_tensors(self.places, self._files.shards, lambda done, _, latent: self._on_tick(done, total, latent))
-        for source, codec, fields, device in self._matrices:
-            entry = entries[source]
+        if self._reading is None:
+            self._reading, self.places = Reading(self.places, self._files.shards), {}
+        left = sum(entries[source].nbytes for source, *_ in self._matrices)
+        total = -(-(self._reading.total + self._packed + left) // MB)
+        self._reading.run(lambda done, _, latent: on_tick(done + self._packed // MB, total, latent))
+        while self._matrices:
+            source, codec, fields, device = self._matrices[0]
+            entry, before = entries[source], self._reading.total + self._packed
             matrix = torch.empty(entry.shape, dtype=entry.dtype)
             read_tensors({source: matrix}, self._files.shards)
             for field, packed in codec.pack(matrix.to(device)).items():
                 fields[field].copy_(packed)
-            if (done + entry.nbytes) // TICK_BYTES > done // TICK_BYTES:
-                self._on_tick((done + entry.nbytes) // MB, total, None)
-            done += entry.nbytes
-        self._on_tick(total, total, None)
+            self._matrices.popleft()
+            self._packed += entry.nbytes
+            if (before + entry.nbytes) // TICK_BYTES > before // TICK_BYTES:
+                on_tick((before + entry.nbytes) // MB, total, None)
+        on_tick(total, total, None)
 
     def _weight(self, number: int, path: str, name: str) -> PackedWeight | None:
         return self._files.weights.get((f"model.layers.{number}.{path}", name))

@@ -5,6 +5,7 @@ No GPU is needed: cards are pretended by numbers where the decision is tested, a
 
 import gc
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,13 +15,15 @@ import comfy.utils
 import psutil
 import pytest
 import torch
+from comfyui_hywu.hywu_core.checkpoint import load as reading
 from comfyui_hywu.hywu_core.condition import encode
 from comfyui_hywu.hywu_core.config import BackboneConfig, GeneratorConfig
-from comfyui_hywu.hywu_core.errors import PlacementError
+from comfyui_hywu.hywu_core.errors import CheckpointError, PlacementError
 from comfyui_hywu.hywu_core.generator.handle import load_generator, write_lora
 from comfyui_hywu.hywu_core.generator.sizes import generator_sizes
 from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.lora.attach import inject
+from comfyui_hywu.hywu_core.placement import build
 from comfyui_hywu.hywu_core.placement.devices import parse_devices
 from comfyui_hywu.hywu_core.placement.request import Request
 from comfyui_hywu.hywu_core.placement.sizes import model_sizes
@@ -110,13 +113,23 @@ def real_wanted(format: str = "auto") -> plan.Wanted:
 def test_others_leave_only_as_far_as_the_plan_needs(monkeypatch):
     monkeypatch.setattr(plan, "devices", lambda: parse_devices("2x48+192ram"))
     found = plan.make_plan(real_wanted("int4"))
-    asked = []
-    monkeypatch.setattr(management, "free_memory", lambda nbytes, device: asked.append((nbytes, str(device))))
-    plan.make_room(found)
     # The generator comes for its turn even where the plan had room for it: that room is not asked for.
     assert found.generator.mode == "streamed"
-    assert asked == [(plan.need(peak) + management.extra_reserved_memory(), peak.device) for peak in found.peaks]
     assert all(plan.need(peak) == peak.total - peak.items.get("generator", 0) < peak.free for peak in found.peaks)
+    needs = {torch.device(peak.device): plan.need(peak) for peak in found.peaks}
+    assert plan.lacking(found, lambda device: 0) == needs and len(needs) == 2
+    assert plan.lacking(found, lambda device: 10**9 if device.index else 10**12) == {
+        device: nbytes - 10**9 if device.index else 0 for device, nbytes in needs.items()}
+
+
+def test_every_card_of_the_plan_is_asked_for_what_the_backbone_lacks_there(monkeypatch):
+    model, asked = load(), []
+    monkeypatch.setattr(plan, "lacking", lambda chosen, there: {torch.device("cuda:1"): 7, CPU: there(CPU)})
+    monkeypatch.setattr(management, "free_memory", lambda nbytes, device: asked.append((nbytes, device)))
+    monkeypatch.setattr(management, "load_models_gpu", lambda models, memory_required: asked.append((models, memory_required)))
+    memory.ready(model)
+    assert asked == [(7 + management.extra_reserved_memory(), torch.device("cuda:1")),
+                     ([memory._PATCHERS[model.placed]], model.placed.nbytes(CPU))]
 
 
 def test_the_next_plan_is_smaller_and_for_the_pictures_that_there_are(monkeypatch):
@@ -136,7 +149,7 @@ def test_the_next_plan_is_smaller_and_for_the_pictures_that_there_are(monkeypatc
 def test_what_does_not_fit_is_an_error_before_a_byte_is_read(monkeypatch):
     *_, ram = plan.devices()
     monkeypatch.setattr(plan, "devices", lambda: (replace(ram, free=1 << 30),))
-    monkeypatch.setattr(memory, "load_model", lambda *args, **kwargs: pytest.fail("a file was opened"))
+    monkeypatch.setattr(memory, "open_model", lambda *args, **kwargs: pytest.fail("a file was opened"))
     with pytest.raises(PlacementError, match="GB too little"):
         load()
 
@@ -185,16 +198,89 @@ def test_a_lora_survives_an_unloading(photo):
     assert not torch.equal(plain, first)
 
 
-def test_a_cancel_during_the_reload_leaves_it_unloaded_and_the_next_run_right(photo, expected, monkeypatch):
+class Cancels:
+    """ComfyUI's progress bar; the user cancels at its ``at``-th move (0: never)."""
+
+    def __init__(self, monkeypatch, at: int):
+        self.at, self.values = at, []
+        monkeypatch.setattr(comfy.utils, "PROGRESS_BAR_HOOK", self)
+        for module in (reading, build):
+            monkeypatch.setattr(module, "TICK_BYTES", 1 << 20)
+
+    def __call__(self, value, total, *args, **kwargs):
+        self.values.append((value, total))
+        if len(self.values) == self.at:
+            management.interrupt_current_processing()
+        management.throw_exception_if_processing_interrupted()
+
+
+@pytest.mark.parametrize("format", ["auto", "int8"])
+def test_a_cancelled_load_goes_on_where_it_was(photo, monkeypatch, format):
+    fresh = load(format)
+    first = paint(fresh, photo)
+    held = fresh.placed.nbytes(CPU)
+    del fresh
+    management.unload_all_models()
+    gc.collect()
+    cancels = Cancels(monkeypatch, 12)
+    with pytest.raises(management.InterruptProcessingException):
+        load(format)
+    (model,) = memory._BEGUN.values()
+    assert model.placed.begun and not model.placed.loaded
+    assert entries() == [memory._PATCHERS[model.placed]] and entries()[0].loaded_size() == held
+    cancelled_at, total = cancels.values[-1]
+    cancels.at, cancels.values = 0, []
+    monkeypatch.setattr(plan, "make_plan", lambda wanted: pytest.fail("planned again"))
+    again = load(format)
+    assert again.placed is model.placed and again.placed.loaded and not memory._BEGUN
+    # Of files that are read one after the other a part of a tensor at most is read twice.
+    done = [value for value, _ in cancels.values]
+    assert done == sorted(done) and 0 <= cancelled_at - done[0] <= 3 and done[-1] == total == cancels.values[0][1]
+    assert torch.equal(paint(again, photo), first)
+
+
+def test_a_cancelled_load_gives_its_memory_back_when_asked_to_unload(monkeypatch):
+    cancels = Cancels(monkeypatch, 6)
+    with pytest.raises(management.InterruptProcessingException):
+        load()
+    (begun,) = memory._BEGUN.values()
+    assert begun.placed.nbytes(CPU) > 0
+    management.unload_all_models()
+    assert not entries() and not begun.placed.begun and begun.placed.nbytes(CPU) == 0
+    cancels.at = 0
+    assert load().placed is not begun.placed and not memory._BEGUN
+
+
+def test_a_cancelled_load_gives_its_memory_back_when_something_else_is_loaded(monkeypatch):
+    cancels = Cancels(monkeypatch, 6)
+    with pytest.raises(management.InterruptProcessingException):
+        load()
+    (begun,) = memory._BEGUN.values()
+    cancels.at = 0
+    assert load("int8").placed is not begun.placed
+    assert not begun.placed.begun and begun.placed.nbytes(CPU) == 0 and not memory._BEGUN
+
+
+def test_a_load_that_fails_keeps_nothing(tmp_path):
+    folder = shutil.copytree(MINI / "backbone", tmp_path / "backbone")
+    shard = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-4:] = b"\xff\x7f\xff\x7f"  # NaN in every float format of 16 or 32 bits
+    shard.write_bytes(data)
+    with pytest.raises(CheckpointError, match="NaN or Inf"):
+        memory.load(folder, None, "auto")
+    gc.collect()
+    assert not memory._BEGUN and not any(placed.begun or placed.nbytes(CPU) for placed in memory._PATCHERS)
+
+
+def test_a_cancel_during_the_reload_leaves_it_begun_and_the_next_run_right(photo, expected, monkeypatch):
     model = load()
     management.unload_all_models()
-    monkeypatch.setattr(
-        comfy.utils, "PROGRESS_BAR_HOOK",
-        lambda *args, **kwargs: management.throw_exception_if_processing_interrupted())
-    management.interrupt_current_processing()
+    cancels = Cancels(monkeypatch, 6)
     with pytest.raises(management.InterruptProcessingException):
         memory.at_work(model, 1, lambda: pytest.fail("the stage ran"))
-    assert not model.placed.loaded and not entries()
+    assert not model.placed.loaded and model.placed.begun and len(entries()) == 1
+    cancels.at = 0
     assert torch.equal(paint(model, photo), expected)
 
 

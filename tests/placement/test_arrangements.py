@@ -4,15 +4,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from comfyui_hywu.hywu_core import handle as handle_module
 from comfyui_hywu.hywu_core.backbone.mask import attention_mask
 from comfyui_hywu.hywu_core.backbone.rope import positions, table
+from comfyui_hywu.hywu_core.checkpoint import load as read_module
 from comfyui_hywu.hywu_core.checkpoint import open_shards
 from comfyui_hywu.hywu_core.checkpoint.convert import convert
 from comfyui_hywu.hywu_core.checkpoint.formats import codec
 from comfyui_hywu.hywu_core.config import BackboneConfig
-from comfyui_hywu.hywu_core.errors import RequestError
-from comfyui_hywu.hywu_core.handle import InjectedLoRA, build_backbone
+from comfyui_hywu.hywu_core.errors import CheckpointError, RequestError
+from comfyui_hywu.hywu_core.handle import InjectedLoRA, build_backbone, load_model
 from comfyui_hywu.hywu_core.lora.attach import attached
+from comfyui_hywu.hywu_core.placement import build as build_module
 from comfyui_hywu.hywu_core.placement.build import Placed
 from comfyui_hywu.hywu_core.placement.stored import InMemory
 
@@ -29,12 +32,14 @@ def folder(tmp_path_factory):
     return write_backbone(tmp_path_factory.mktemp("placed") / "backbone", num_hidden_layers=LAYERS, num_experts=8)
 
 
+def opened(folder, *stages, **changes) -> Placed:
+    config = BackboneConfig.from_folder(folder)
+    return Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config, *stages, **changes))
+
+
 def load(folder, *stages, **changes):
     """The backbone of ``folder`` by a plan of these stages."""
-    config = BackboneConfig.from_folder(folder)
-    placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config, *stages, **changes))
-    placed.load()
-    return placed.backbone
+    return placed_by(folder, *stages, **changes).backbone
 
 
 @torch.no_grad()
@@ -216,8 +221,7 @@ def test_a_cancel_between_layers_leaves_everything_usable(folder):
 
 
 def placed_by(folder, *stages, **changes):
-    config = BackboneConfig.from_folder(folder)
-    placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config, *stages, **changes))
+    placed = opened(folder, *stages, **changes)
     placed.load()
     return placed
 
@@ -256,19 +260,85 @@ def test_it_may_come_back_by_another_plan(folder):
     assert torch.equal(run(placed.backbone), before)
 
 
-@pytest.mark.parametrize("when", [0, 1], ids=["before the first byte", "at the last one"])
-def test_a_cancelled_load_leaves_nothing_and_can_be_repeated(folder, when):
-    class Cancelled(Exception):
-        pass
+class Cancelled(Exception):
+    pass
+
+
+def cancel_at(tick: int):
+    ticks = iter(range(tick, -1, -1))
 
     def stop(done, total, latent):
-        if done == when * total:
+        if next(ticks) == 0:
             raise Cancelled
 
-    config = BackboneConfig.from_folder(folder)
-    placed = Placed(build_backbone(config, torch.float32), open_shards(folder), plan(config))
+    return stop
+
+
+@pytest.mark.parametrize("stages", [(stage(0, LAYERS),), SPREAD], ids=["whole", "spread"])
+@pytest.mark.parametrize("form", ["bf16", "int8"])
+def test_a_cancelled_load_goes_on_however_often_it_is_cancelled(folder, tmp_path, stages, form, monkeypatch):
+    for module in (read_module, build_module):
+        monkeypatch.setattr(module, "TICK_BYTES", 1 << 18)
+    monkeypatch.setattr(read_module, "CHUNK_BYTES", 1 << 14)
+    if form != "bf16" and stages is SPREAD:  # what stays on disk must be packed there
+        convert(folder, tmp_path / "converted", form)
+        folder = tmp_path / "converted"
+    read, into = [], read_module._read_into
+    monkeypatch.setattr(read_module, "_read_into", lambda handle, chunk, *names: read.append(chunk.nbytes) or into(
+        handle, chunk, *names))
+    opened(folder, *stages, form=form).load()
+    at_once = sum(read)
+    read.clear()
+    placed, starts, totals = opened(folder, *stages, form=form), [], set()
+    while not placed.loaded:
+        ticks, stop = [], cancel_at(2 + len(starts))
+        try:
+            placed.load(lambda *tick, stop=stop, ticks=ticks: ticks.append(tick) or stop(*tick))
+        except Cancelled:
+            assert placed.begun and not placed.loaded
+        starts.append(ticks[0][0])
+        totals |= {total for _, total, _ in ticks}
+    assert not placed.begun and len(starts) > 3 and starts == sorted(starts)
+    assert {ticks[-1][0]} == totals and starts[-1] > ticks[-1][0] / 2
+    # Of a tensor that was cut off, the begin is read again.
+    largest = max(entry.nbytes for entry in open_shards(folder).entries.values())
+    assert at_once <= sum(read) <= at_once + len(starts) * largest
+    assert torch.equal(run(placed.backbone), run(load(folder, *stages, form=form)))
+
+
+@pytest.mark.parametrize("when", ["released", "by another plan"])
+def test_a_load_that_was_begun_can_be_given_up(folder, when):
+    placed = opened(folder)
     with pytest.raises(Cancelled):
-        placed.load(stop)
-    assert not placed.loaded and placed.nbytes(torch.device("cpu")) == 0
+        placed.load(cancel_at(1))
+    assert placed.begun and placed.nbytes(torch.device("cpu")) > 0
+    if when == "released":
+        placed.release()
+        assert not placed.begun and placed.nbytes(torch.device("cpu")) == 0
+        assert all(parameter.is_meta for parameter in placed.backbone.parameters())
+    else:
+        placed.plan = plan(placed.backbone.config, *SPREAD)
     placed.load()
     assert torch.equal(run(placed.backbone), run(load(folder)))
+
+
+def test_an_error_in_a_load_gives_everything_back(folder, monkeypatch):
+    def fails(*_):
+        raise CheckpointError("cut off")
+
+    placed = opened(folder)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointError):
+        patch.setattr(read_module, "_check_finite", fails)
+        placed.load()
+    assert not placed.begun and not placed.loaded and placed.nbytes(torch.device("cpu")) == 0
+    placed.load()
+    assert torch.equal(run(placed.backbone), run(load(folder)))
+
+
+def test_a_load_that_nobody_can_go_on_with_keeps_nothing(folder, monkeypatch):
+    """Stages and what streams into them refer to each other: dropped alone they would wait for the garbage collector."""
+    made = []
+    monkeypatch.setattr(handle_module, "Placed", lambda *arguments: made.append(Placed(*arguments)) or made[0])
+    with pytest.raises(Cancelled):
+        load_model(folder, on_tick=cancel_at(1))
+    assert not made[0].begun and made[0].nbytes(torch.device("cpu")) == 0
