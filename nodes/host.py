@@ -19,6 +19,7 @@ from comfy_api.latest import io, ui
 from comfy_execution.utils import get_executing_context
 from PIL import Image
 
+from ..hywu_core.checkpoint.fingerprint import KEPT
 from ..hywu_core.condition import MAX_PICTURES
 from ..hywu_core.errors import CheckpointError, LoRAError, PictureError, RequestError
 from ..hywu_core.lora.peft_config import WEIGHTS
@@ -107,7 +108,7 @@ def check_checkpoint(name: str, model_type: str) -> bool | str:
 
 def files_fingerprint(folder: Path) -> str:
     """Changes when a file of a checkpoint folder changes (size and time, as reading 160 GB for it would be absurd)."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != KEPT)  # which loading writes
     return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 

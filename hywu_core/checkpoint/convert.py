@@ -20,7 +20,7 @@ from ..config import BackboneConfig
 from ..errors import CheckpointError, RequestError
 from ..json_fields import read_json
 from ..progress import Tick, silent
-from .fingerprint import backbone_fingerprint
+from .fingerprint import KEPT, backbone_fingerprint
 from .formats import FORMATS, Codec, codec
 from .load import read_tensors, refuse_foreign_formats, usable_device
 from .packed import LINEAR, PARAMETERS, QUANT
@@ -220,8 +220,8 @@ def _check_space(target: Path, plans: list[ShardPlan], shards: Shards, source: P
 
 def _companions(source: Path) -> list[Path]:
     """What makes a checkpoint beside its weights: configurations, tokenizer, system prompts, licence."""
-    return sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith(".")
-                  and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json") and file.name != MANIFEST)
+    return sorted(file for file in source.iterdir() if file.is_file() and not file.name.startswith((".", MANIFEST, KEPT))
+                  and file.suffix not in WEIGHT_FILES and not file.name.endswith(".index.json"))
 
 
 def _write_shard(file: Path, plan: ShardPlan, shards: Shards, device: torch.device, errors: dict[str, float],

@@ -175,6 +175,13 @@ def test_a_damaged_shard_is_written_again_and_a_whole_folder_is_left_alone(tmp_p
     assert kept >= {"model-00001-of-00003.safetensors", "model-00003-of-00003.safetensors"}
 
 
+def test_what_other_commands_left_beside_the_index_is_not_copied(tmp_path, tiny_folders):
+    source = shutil.copytree(tiny_folders[0], tmp_path / "source")
+    (source / "hywu_fingerprint.json").write_text("{}")
+    convert(source, tmp_path / "out", "fp8")
+    assert (tmp_path / "out" / "config.json").is_file() and not (tmp_path / "out" / "hywu_fingerprint.json").exists()
+
+
 def test_folders_with_something_else_are_refused(tmp_path, tiny_folders):
     source, out = tiny_folders[0], tmp_path / "out"
     with pytest.raises(RequestError, match="holds something that `hywu convert` did not write"):

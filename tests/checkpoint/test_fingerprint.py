@@ -1,9 +1,16 @@
 """The fingerprint follows the values and nothing else: not the sharding, not the file names, not the float dtype of storage."""
 
+import importlib
+import json
+import os
+
 import pytest
 import torch
 from comfyui_hywu.hywu_core.checkpoint import backbone_fingerprint, fingerprint, generator_fingerprint, open_shards
 from comfyui_hywu.hywu_core.errors import CheckpointError
+from safetensors.torch import load_file, save_file
+
+module = importlib.import_module("comfyui_hywu.hywu_core.checkpoint.fingerprint")  # the package's name is the function's
 
 
 def backbone(seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
@@ -76,3 +83,76 @@ def test_integers_and_cut_off_files_are_refused(save_shards):
         handle.truncate(100)
     with pytest.raises(CheckpointError, match="cut off: 'a' needs 800 bytes"):
         fingerprint(shards, lambda name: True)
+
+
+# ---- the file that keeps it
+
+
+@pytest.fixture
+def kept(save_shards, monkeypatch):
+    """A folder of two shards whose fingerprint is worth keeping, and the file that keeps it."""
+    monkeypatch.setattr(module, "KEPT_FROM_BYTES", 1)
+    tensors = backbone()
+    names = list(tensors)
+    folder = save_shards({n: tensors[n] for n in names[3:]}, {n: tensors[n] for n in names[:3]}, name="kept")
+    return folder, folder / module.KEPT
+
+
+@pytest.fixture
+def computed(monkeypatch):
+    """How often it was computed and not taken from the file."""
+    calls, compute = [], module._computed
+    monkeypatch.setattr(module, "_computed", lambda *arguments: calls.append(arguments) or compute(*arguments))
+    return calls
+
+
+def test_it_is_computed_once(kept, computed):
+    folder, file = kept
+    first = of(folder)
+    assert file.is_file() and [of(folder), of(folder)] == [first] * 2 and len(computed) == 1
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("change", ["time", "size", "values"])
+def test_a_file_that_has_changed_is_read_again(kept, computed, change):
+    folder, file = kept
+    first = of(folder)
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    if change == "time":
+        os.utime(shard, ns=(0, shard.stat().st_mtime_ns + 1))
+    else:
+        tensors = load_file(shard)
+        name = next(name for name in tensors if "experts" not in name)
+        tensors[name] = tensors[name].float() if change == "size" else tensors[name] + 1
+        save_file(tensors, shard)
+    found = of(folder)
+    assert len(computed) == 2 and (found == first) is (change != "values")
+    assert of(folder) == found and len(computed) == 2
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": 5}', '{"fingerprint": "../../../../etcp"}', "[" * 100_000])
+def test_a_damaged_one_does_not_count(kept, computed, content):
+    folder, file = kept
+    first = of(folder)
+    state = json.loads(file.read_text())
+    file.write_text(content if "finger" not in content else json.dumps(state | json.loads(content)))
+    assert of(folder) == first and len(computed) == 2 and json.loads(file.read_text()) == state
+
+
+def test_one_of_other_tensors_does_not_count(kept, computed):
+    folder, file = kept
+    first = of(folder)
+    other = fingerprint(open_shards(folder), lambda name: name == "model.ln_f.weight")
+    assert other != first and len(computed) == 2 and of(folder) == first
+
+
+def test_a_folder_that_cannot_be_written_does_not_matter(kept, monkeypatch):
+    folder, file = kept
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    assert len(of(folder)) == 16 and not file.exists() and not list(folder.glob(".hywu*"))
+
+
+def test_what_is_small_is_not_kept(save_shards):
+    folder = save_shards(backbone(), name="small")
+    of(folder)
+    assert not (folder / module.KEPT).exists()

@@ -419,3 +419,13 @@ def test_two_models_take_turns_without_a_leak(photo, expected, monkeypatch):
         sizes.append(process.memory_info().rss)
     print("RSS in MB after turns 1, 5, 10 ... 50:", [size >> 20 for size in (sizes[0], *sizes[4::5])])
     assert max(sizes[10:]) - max(sizes[:10]) < MOST_GROWTH
+
+
+def test_the_fingerprint_file_that_loading_writes_is_no_change_of_the_checkpoint(tmp_path):
+    """Else ComfyUI would load everything again at the second run."""
+    folder = shutil.copytree(MINI / "backbone", tmp_path / "backbone")
+    before = host.files_fingerprint(folder)
+    (folder / "hywu_fingerprint.json").write_text("{}")
+    assert host.files_fingerprint(folder) == before
+    (folder / "config.json").write_text("{}")
+    assert host.files_fingerprint(folder) != before

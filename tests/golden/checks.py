@@ -19,6 +19,7 @@ class Checks:
     count: int = 0
     worst: float = 0.0  # largest |error| / max|ref| of the real-valued checks
     tolerance: float = 0.0  # the relative tolerance of that check; 0 = exact
+    errors: dict[str, float] = field(default_factory=dict)  # label -> ‖error‖ / ‖ref‖ of the real-valued checks
 
     def exact(self, label: str, got, want) -> None:
         """Equal values: numbers, strings, lists, or tensors of any dtype (shape included)."""
@@ -48,6 +49,7 @@ class Checks:
         error = (got - want).abs().max().item() if want.numel() else 0.0
         relative, absolute = tolerance
         ratio = error / scale if scale else error
+        self.errors[label] = ((got - want).norm() / want.norm()).item() if scale else error
         if ratio > self.worst or self.tolerance == 0.0:
             self.worst, self.tolerance = max(self.worst, ratio), relative
         if not error <= relative * scale + absolute or not math.isfinite(error):
