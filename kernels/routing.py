@@ -3,6 +3,7 @@
 Owns the order in which pairs of a token and one of its experts are worked on; whose weights they meet is ``experts.py``'s.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -23,9 +24,15 @@ class Routes(NamedTuple):
 def route(expert_TK: torch.Tensor, experts: int) -> Routes:
     """Sort the chosen experts (T, K), int64."""
     expert_P, pair_P = torch.sort(expert_TK.reshape(-1), stable=True)
-    numbers_E = torch.arange(experts, device=expert_P.device)
-    ends_E = torch.searchsorted(expert_P, numbers_E, right=True, out_int32=True)
+    ends_E = torch.searchsorted(expert_P, _numbers(experts, expert_P.device), right=True, out_int32=True)
     return Routes(pair_P // expert_TK.shape[1], pair_P, ends_E)
+
+
+@functools.cache
+def _numbers(experts: int, device: torch.device) -> torch.Tensor:
+    """0 to E-1, made once and never written to."""
+    with torch.inference_mode(False):
+        return torch.arange(experts, device=device)
 
 
 def combine(y_PD: torch.Tensor, routes: Routes, weight_TK: torch.Tensor) -> torch.Tensor:

@@ -15,14 +15,13 @@ from .mask import CanvasSight
 from .rope import rotate
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / rms(x) in fp32, rounded to the dtype of x, times the weight, which may broadcast."""
-    # Without its weight argument, because the reference rounds before it multiplies by the weight.
-    return F.rms_norm(x, x.shape[-1:], eps=eps) * weight
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / rms(x) in fp32, rounded to the dtype of x: the reference rounds before it multiplies by the weight."""
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 class RMSNorm(nn.Module):
-    """``rms_norm`` with a weight of its own. The weight generator's norm too, with another eps."""
+    """``rms_norm`` times a weight. The weight generator's norm too, with another eps."""
 
     def __init__(self, width: int, eps: float):
         super().__init__()
@@ -30,7 +29,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return rms_norm(x, self.weight, self.eps)
+        return rms_norm(x, self.eps) * self.weight
 
 
 class Attention(nn.Module):
@@ -56,26 +55,27 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Attend from x to itself, or, with a cache, to everything in it after x's keys and values are written there.
 
-        rope: cos and sin (L, Q) of x's tokens. mask: bool (L, keys), True = may attend; None = attend to all; a canvas's sight.
+        rope: cos and sin (L, Q) of x's tokens. mask: (L, keys), bool with True = may attend, or ``as_numbers``; None: attend to
+        all; a canvas's sight.
         """
         rows, length, _ = x_BLD.shape
         heads = self.qkv_proj(x_BLD).view(rows, length, self.kv_heads, self.group + 2, self.head_dim)
         # Queries and key of every group at once: rotated, then normalised, each with its own weight.
         turned = rotate(heads[..., :-1, :], *(part_LQ[:, None, None] for part_LQ in rope))
-        weight = torch.cat((self.query_layernorm.weight.expand(self.group, -1), self.key_layernorm.weight.unsqueeze(0)))
-        turned = rms_norm(turned, weight, self.query_layernorm.eps)
-        q_BHLQ = turned[..., :-1, :].flatten(2, 3).transpose(1, 2)
-        k_BHLQ, v_BHLQ = turned[..., -1, :].transpose(1, 2), heads[..., -1, :].transpose(1, 2)
+        turned = rms_norm(turned, self.query_layernorm.eps)
+        q_BHLQ = (turned[..., :-1, :] * self.query_layernorm.weight).flatten(2, 3).transpose(1, 2)
+        k_BHLQ = (turned[..., -1, :] * self.key_layernorm.weight).transpose(1, 2)
+        v_BHLQ = heads[..., -1, :].transpose(1, 2)
+        del turned, heads
         if cache is not None:
             k_BHLQ, v_BHLQ = cache.write(layer, k_BHLQ, v_BHLQ, positions_L)
-        out_BHLQ = attend(q_BHLQ, k_BHLQ, v_BHLQ, mask)
-        return self.o_proj(out_BHLQ.transpose(1, 2).reshape(rows, length, -1))
+        return self.o_proj(attend(q_BHLQ, k_BHLQ, v_BHLQ, mask).reshape(rows, length, -1))
 
 
 def attend(
     q_BHLQ: torch.Tensor, k_BHLQ: torch.Tensor, v_BHLQ: torch.Tensor, mask: torch.Tensor | CanvasSight | None
 ) -> torch.Tensor:
-    """Attention of grouped heads, (B, H, L, Q); the picture of a canvas is attended from without any mask."""
+    """Attention of grouped heads, (B, H, L, Q) to (B, L, H, Q); the picture of a canvas is attended from without any mask."""
     grouped = q_BHLQ.shape[1] != k_BHLQ.shape[1]
     if not isinstance(mask, CanvasSight):
         if grouped and mask is not None and q_BHLQ.is_cuda:
@@ -83,13 +83,13 @@ def attend(
             group = q_BHLQ.shape[1] // k_BHLQ.shape[1]
             k_BHLQ, v_BHLQ = k_BHLQ.repeat_interleave(group, dim=1), v_BHLQ.repeat_interleave(group, dim=1)
             grouped = False
-        return F.scaled_dot_product_attention(q_BHLQ, k_BHLQ, v_BHLQ, attn_mask=mask, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(q_BHLQ, k_BHLQ, v_BHLQ, attn_mask=mask, enable_gqa=grouped).transpose(1, 2)
     special, seen = mask.causal_SK.shape
     first = F.scaled_dot_product_attention(
         q_BHLQ[:, :, :special], k_BHLQ[:, :, :seen], v_BHLQ[:, :, :seen], attn_mask=mask.causal_SK, enable_gqa=grouped)
     rest = F.scaled_dot_product_attention(
         q_BHLQ[:, :, special:], k_BHLQ[:, :, : mask.keys], v_BHLQ[:, :, : mask.keys], enable_gqa=grouped)
-    return torch.cat((first, rest), dim=2)
+    return torch.cat((first.transpose(1, 2), rest.transpose(1, 2)), dim=1)
 
 
 class MLP(nn.Module):

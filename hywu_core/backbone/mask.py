@@ -36,3 +36,10 @@ def attention_mask(length: int, full_spans: Sequence[tuple[int, int]], rows: tor
         inside = (query_L >= start) & (query_L < stop)
         mask_LL[inside, start:stop] = True
     return mask_LL
+
+
+def as_numbers(mask: torch.Tensor | CanvasSight, dtype: torch.dtype) -> torch.Tensor | CanvasSight:
+    """What attention adds to its scores: 0 for True, -inf for False. Made once a pass: of a bool mask every layer makes it."""
+    if isinstance(mask, CanvasSight):
+        return mask._replace(causal_SK=as_numbers(mask.causal_SK, dtype))
+    return torch.full_like(mask, -torch.inf, dtype=dtype).masked_fill_(mask, 0.0)

@@ -12,7 +12,7 @@ import torch
 
 from .cache import KVCache
 from .layer import DecoderLayer
-from .mask import CanvasSight
+from .mask import CanvasSight, as_numbers
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -57,7 +57,7 @@ class Stage:
         device = self.device
         hidden_BLD = hidden_BLD.to(device)
         rope = (rope[0].to(device), rope[1].to(device))
-        mask = None if mask is None else mask.to(device)
+        mask = None if mask is None else as_numbers(mask.to(device), hidden_BLD.dtype)
         positions_L = None if positions_L is None else positions_L.to(device)
         tokens, queued = hidden_BLD.shape[0] * hidden_BLD.shape[1], deque()
         for index, layer in enumerate(self.layers):

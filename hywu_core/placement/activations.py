@@ -3,7 +3,7 @@
 Owns one formula for each step of an edit, read off the code that does it; ``tests/placement/test_replay.py`` runs that code on
 ``meta`` and counts. Two steps never happen at once, so the plan takes the largest on each device.
 
-Counted as the fused kernels of a GPU work: attention without its matrix, a bool mask turned into numbers once. A backend that
+Counted as the fused kernels of a GPU work: attention without its matrix, a mask turned into numbers once a pass. A backend that
 builds more than that (torch's plain attention under a mask) is not foreseen.
 """
 
@@ -39,23 +39,23 @@ def layer(
 ) -> int:
     """The most that one decoder layer holds besides its input: in attention or in the experts.
 
-    masked: with a bool mask (length, keys). composed: without the fused kernel between the experts' two products (the CPU).
+    masked: with a mask (length, keys) as numbers. composed: without the fused kernel between the experts' products (the CPU).
     """
     config, item, tokens = sizes.config, sizes.dtype.itemsize, rows * length
     state = config.hidden_size * item
-    return max(_attention(sizes, tokens, length, keys, lora, masked),
-               3 * tokens * state + _experts(sizes, tokens, expert_tokens, lora, composed))
+    within = max(_attention(sizes, tokens, lora), 3 * tokens * state + _experts(sizes, tokens, expert_tokens, lora, composed))
+    return within + (length * keys * item if masked else 0)
 
 
-def _attention(sizes: ModelSizes, tokens: int, length: int, keys: int, lora: bool, masked: bool) -> int:
+def _attention(sizes: ModelSizes, tokens: int, lora: bool) -> int:
     config, item = sizes.config, sizes.dtype.itemsize
     queries = config.num_attention_heads * config.attention_head_dim
     kv = config.num_key_value_heads * config.attention_head_dim
     projected = (config.hidden_size + queries + 2 * kv + (RANK if lora else 0)) * item  # the norm's output and q, k, v
     turned = queries + kv
-    # Rotating: twice in fp32 and once rounded. Attending: turned, the queries in one piece, the mask as numbers, the result.
+    # Rotating: twice in fp32 and once rounded. Attending: queries and keys, normed and with their weights, or the result.
     rotating = tokens * (projected + turned * (8 + item))
-    attending = tokens * (projected + (turned + 2 * queries) * item) + (length * keys * item if masked else 0)
+    attending = tokens * (projected + 2 * turned * item)
     return max(rotating, attending)
 
 

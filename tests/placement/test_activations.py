@@ -6,6 +6,7 @@ import pytest
 import torch
 from comfyui_hywu.hywu_core.backbone.cache import KVCache
 from comfyui_hywu.hywu_core.backbone.mask import CanvasSight
+from comfyui_hywu.hywu_core.backbone.stage import Stage
 from comfyui_hywu.hywu_core.generator.model import ParameterGenerator
 from comfyui_hywu.hywu_core.handle import build_backbone
 from comfyui_hywu.hywu_core.placement import activations
@@ -59,7 +60,7 @@ def test_a_layer(sizes, backbone, lora, rows, length, keys, masked, fused, piece
     cache = KVCache(1, rows, sizes.config.num_key_value_heads, keys, sizes.config.attention_head_dim, device="meta", dtype=BF16)
     cache.reserve(keys)
     with counted(fused) as live:
-        layer(hidden, rope, mask, cache, 0, torch.empty(length, dtype=torch.int64, device="meta"))
+        Stage([layer], 0).run(hidden, rope, mask, cache, torch.empty(length, dtype=torch.int64, device="meta"), lambda _: None)
     said = activations.layer(sizes, rows, length, keys, pieces, lora=lora, masked=masked, composed=not fused)
     assert said == pytest.approx(live.peak, rel=0.01)
 
