@@ -10,14 +10,13 @@ import os
 import sys
 from pathlib import Path
 
-from .cli_cluster import serve_parser, status_parser
+from .cli_cluster import BUNDLED, serve_parser, status_parser
 from .cli_lora import LORA_PARSERS
 from .cli_map import map_parser
 from .errors import HYWUError, RequestError
 from .picture_file import check_picture, check_place, save_picture
 from .terminal import Terminal
 
-BUNDLED = Path(__file__).resolve().parent.parent / "models" / "hywu-mini"
 PLANNED_THINKING = 1000  # tokens; what the published pipeline's texts have
 COMMANDS = ("edit", "think", "inspect", "plan", "convert", "lora", "map", "train", "serve", "status")
 

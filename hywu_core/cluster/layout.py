@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config import BackboneConfig, GeneratorConfig
-from ..errors import PlacementError
+from ..errors import CheckpointError, PlacementError
 from ..generator.sizes import generator_sizes
 from ..placement.build import whole
 from ..placement.devices import Device
@@ -62,7 +62,8 @@ def on_gpus(folder: Path, generator: Path | None, devices: Sequence[tuple[str, D
     memory = Device("cpu", "cpu", 1 << 40, 1 << 40, 1e12, 80e9, 2.5e9, "memory of the nodes")
     sizes = sizes_for(folder, (*cards, memory), dtype)
     request = request_for(folder, sizes.config, size=size, pictures=1, steps=None, guidance=None, thinking=1000)
-    own = None if generator is None else generator_sizes(GeneratorConfig.from_folder(generator))
+    writes = _generator(generator, sizes.config)
+    own = None if writes is None else generator_sizes(writes)
     found = plan(sizes, (*cards, memory), request, format=format, generator=own, streaming="none")
     number = {card.name: index for index, card in enumerate(cards)}
     alike = len({(card.card, card.total) for card in cards}) == 1
@@ -83,6 +84,7 @@ def on_cpus(folder: Path, generator: Path | None, nodes: int, stages: int, free:
     is for requests."""
     config = BackboneConfig.from_folder(folder)
     layers = config.num_hidden_layers
+    _generator(generator, config)
     if not 1 <= stages <= layers:
         raise PlacementError(f"{stages} stages asked for, this backbone has {layers} layers: choose 1 to {layers}")
     edges = [round(layers * number / stages) for number in range(stages + 1)]
@@ -92,6 +94,18 @@ def on_cpus(folder: Path, generator: Path | None, nodes: int, stages: int, free:
     share = -(-stages // nodes)  # stages a node
     return _parts(cut, list(range(stages)), 0, None if generator is None else stages - 1, (None,) * stages, False,
                   (int(free / 2 / share),) * stages)
+
+
+def _generator(folder: Path | None, backbone: BackboneConfig) -> GeneratorConfig | None:
+    """Its configuration. Raises CheckpointError now for one that is missing or of another backbone, not after minutes."""
+    if folder is None:
+        return None
+    found = GeneratorConfig.from_folder(folder)
+    wanted, given = (backbone.hidden_size, backbone.num_hidden_layers), (found.input_dim, found.num_base_model_layers)
+    if wanted != given:
+        raise CheckpointError(f"{folder} writes for a backbone {given[0]} wide with {given[1]} layers, this one is {wanted[0]} "
+                              f"wide with {wanted[1]}: give the generator that belongs to it")
+    return found
 
 
 def _parts(found: Plan, where: list[int], home: int, writer: int | None, bundles: tuple[str | None, ...], gpu: bool,

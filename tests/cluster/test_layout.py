@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from comfyui_hywu.hywu_core.cluster.layout import OTHER_SHARE, STAGE_SHARE, describe, mode_of, on_cpus, on_gpus
-from comfyui_hywu.hywu_core.errors import PlacementError
+from comfyui_hywu.hywu_core.errors import CheckpointError, PlacementError
 from comfyui_hywu.hywu_core.placement.build import ELSEWHERE
 from comfyui_hywu.hywu_core.placement.devices import parse_devices
 
@@ -41,6 +41,15 @@ def test_layers_are_cut_evenly_on_cpus():
 def test_more_stages_than_layers_are_refused(stages):
     with pytest.raises(PlacementError, match="1 to 4"):
         on_cpus(MINI / "backbone", None, 1, stages, 1 << 30, None)
+
+
+def test_a_generator_that_cannot_serve_is_refused_at_once(real, tmp_path):
+    with pytest.raises(CheckpointError, match="config.json is missing"):
+        on_cpus(MINI / "backbone", tmp_path / "none", 1, 1, 1 << 30, None)
+    with pytest.raises(CheckpointError, match="4096 wide with 32 layers, this one is .* with 4"):
+        on_cpus(MINI / "backbone", real[1], 1, 1, 1 << 30, None)
+    with pytest.raises(CheckpointError, match="this one is 4096 wide with 32"):
+        on_gpus(real[0], MINI / "generator", gpus("4x80", 1), format="auto", size="1:1", dtype=None)
 
 
 def test_each_part_holds_its_own_and_nothing_else():
