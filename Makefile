@@ -34,6 +34,7 @@ $(READY): requirements.txt tests/comfy/requirements.txt pyproject.toml
 	$(PY) -c "import torch" 2>/dev/null || $(PIP) "$(TORCH)"
 	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(HELD)
 	$(PIP) -c $(HELD) -r requirements.txt -r tests/comfy/requirements.txt
+	$(PIP) --no-deps nixl nixl-cu12 || echo "no NIXL here: that stages read each other's memory is not tested"
 	test -d .cache/torchvision/torchvision || $(PIP) --no-deps --target .cache/torchvision $(TORCHVISION)
 	$(PIP) --no-deps --no-build-isolation -e .
 	touch $@

@@ -244,7 +244,8 @@ class Desk(Part):
         while not self._checking.acquire(timeout=CHECK_S):
             check()
         try:
-            if time.monotonic() - self._up_at < READY_AGAIN_S and not any(actor.is_loading for actor in self._actors):
+            if time.monotonic() - self._up_at < READY_AGAIN_S and not any(
+                    actor.is_loading or actor.is_doubted for actor in self._actors):
                 return
             for actor in self._actors:
                 def on_wait(actor: Actor = actor) -> None:

@@ -31,7 +31,9 @@ class Actor:
     def __init__(self, handle: Any, name: str, patience_s: float, first: int = 0, count: int = 0):
         self.handle, self.name, self.patience_s, self.first, self.count = handle, name, patience_s, first, count
         self.where = ""
+        self.direct = False  # whether it sends and reads directly, see ``direct.py``
         self.is_loading = False  # it was seen dead or was started again, and has not answered since
+        self.is_doubted = False  # the next stage could not read from it, and it has not answered since
 
     def start(self, method: str, *arguments: Any, returns: int = 1) -> Any:
         """Call a method and do not wait: the reference of what it will return."""
@@ -83,7 +85,8 @@ class Actor:
             if ray.wait([reference], timeout=CHECK_S)[0]:
                 try:
                     said = ray.get(reference)
-                    self.where, self.is_loading = f" (node {said['node']}, process {said['pid']})", False
+                    self.where = f" (node {said['node']}, process {said['pid']})"
+                    self.is_loading, self.is_doubted, self.direct = False, False, said.get("direct", False)
                     return said
                 except lost.RayError as error:
                     if "creation task" in str(error):  # then it is not started again
@@ -139,8 +142,15 @@ class Travelling:
             return opened(self._actor.wait(self.reference, self._check), device)
         except HYWUError:
             if self._before is not None:
-                self._before.to(device)  # a failed stage fails all behind it
+                self._before.blame()  # a failed stage fails all behind it
             raise
+
+    def blame(self) -> None:
+        """Raises what ``to`` does, and brings nothing. What came through so far may still have died with what it holds."""
+        if self._before is not None:
+            self._before.blame()
+        self._actor.wait(self.reference, self._check)
+        self._actor.is_doubted = True
 
     def _arrive(self) -> None:
         if self._before is not None:
@@ -158,10 +168,10 @@ class Session:
     """
 
     def __init__(self, request: str, user: str, stages: Sequence[Actor], admission: Admission, check: Callable[[], None],
-                 on_place: Callable[[int], None], all_up: Callable[[], None], kv_bytes: Callable[[int, int, int], int],
+                 on_place: Callable[[int], None], all_up: Callable[[], None], bytes_of: Callable[[int, int, int, bool], int],
                  loras: Sequence[tuple] = (), lora_bytes: Sequence[int] = (), slots: int = 0):
         self.request, self.user, self.stages, self.check = request, user, stages, check
-        self._admission, self.on_place, self._all_up, self._kv_bytes = admission, on_place, all_up, kv_bytes
+        self._admission, self.on_place, self._all_up, self._bytes = admission, on_place, all_up, bytes_of
         self._loras, self._lora_bytes, self._slots = loras, lora_bytes or [0] * len(stages), slots
         self._aside: tuple[tuple, int, Any] = ((None,) * 3, -1, None)
         self._held = ExitStack()
@@ -172,7 +182,7 @@ class Session:
         if self._opening:
             return
         capacity += self._slots
-        need = [self._kv_bytes(stage.count, rows, capacity) + own
+        need = [self._bytes(stage.count, rows, capacity, stage.direct) + own
                 for stage, own in zip(self.stages, self._lora_bytes, strict=True)]
         self._held.enter_context(self._admission.admitted(self.user, need, self.on_place))
         self._all_up()  # a part may have died while this request waited
@@ -236,6 +246,7 @@ class RemoteStage:
 
     def __init__(self, session: Session, index: int):
         self._session, self._actor = session, session.stages[index]
+        self._next = session.stages[index + 1] if index + 1 < len(session.stages) else None
 
     def rest(self) -> None:
         """Actors rest by themselves."""
@@ -251,5 +262,6 @@ class RemoteStage:
         aside = session.aside(rope, mask, positions_L, 0 if cache is None else cache.length)
         before = hidden if isinstance(hidden, Travelling) else None
         given = parcel(hidden) if before is None else before.reference
-        reference = actor.start("run", session.request if cache is not None else None, given, aside)
+        directly = self._next is not None and actor.direct and self._next.direct
+        reference = actor.start("run", session.request if cache is not None else None, given, aside, directly)
         return Travelling(actor, reference, before, session.check, on_layer)

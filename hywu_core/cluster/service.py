@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from ..errors import ClusterError
 from ..placement.devices import Device, available_memory, find_devices
-from . import layout
+from . import direct, layout
 from .address import NAMESPACE, Address
 from .connection import connected
 from .desk import Desk
@@ -38,7 +38,7 @@ CALLS_AT_ONCE = {"stage": 64, "tower": 8, "writer": 64, "desk": 300}
 class Wanted:
     """What to serve and how. stages: for nodes without a GPU; at_once: requests on the stages at a time. patience_s: for one
     pass, with those of others before it. threads: of each part on a CPU, 0 for as many as torch takes here: fewer
-    give other last digits than a model without a cluster."""
+    give other last digits than a model without a cluster. transport: of ``direct.TRANSPORTS``."""
 
     model: Path
     generator: Path | None
@@ -50,6 +50,7 @@ class Wanted:
     patience_s: float = 300.0
     loading_s: float = 1800.0
     threads: int = 0
+    transport: str = direct.AUTO
 
 
 def wanted(options: argparse.Namespace) -> Wanted:
@@ -57,7 +58,7 @@ def wanted(options: argparse.Namespace) -> Wanted:
     dtype = getattr(torch, options.dtype) if options.dtype else None
     generator = None if options.no_generator else options.generator
     return Wanted(options.model, generator, options.format, options.size, options.stages, dtype, options.at_once,
-                  options.patience, threads=options.threads)
+                  options.patience, threads=options.threads, transport=options.transport)
 
 
 def start(address: Address, wanted: Wanted, say: Callable[[str], None] = lambda text: None) -> None:
@@ -148,16 +149,19 @@ def _start_parts(found: Layout, wanted: Wanted, address: Address, group: Placeme
     folder, threads = str(wanted.model.resolve()), wanted.threads or torch.get_num_threads()
     stages, (tower,), (desk,), writers = found.of("stage"), found.of("tower"), found.of("desk"), found.of("writer")
 
+    directly = direct.possible(wanted.transport, "cuda" if found.gpu else "cpu")
+    fetch_s = min(direct.LONGEST_FETCH_S, wanted.patience_s / 2)
+
     def actor(kind: type, part: PartPlan, number: int = 0) -> tuple[Any, str]:
         name = address.actor(part.kind, number)
-        return _actor(kind, part, name, group, found.gpu), name
+        return _actor(kind, part, name, group, found.gpu, directly), name
 
     started: list[tuple[PartPlan, Any]] = []
     names: list[str] = []
     for number, part in enumerate(stages):
         make, name = actor(StageActor, part, number)
         names.append(name)
-        started.append((part, make.remote(part.name, folder, part.plan, threads)))
+        started.append((part, make.remote(part.name, folder, part.plan, threads, wanted.transport, fetch_s)))
     make, tower_name = actor(TowerActor, tower)
     started.append((tower, make.remote(tower.name, folder, tower.plan, threads)))
     written_by, generator = None, ""
@@ -167,8 +171,12 @@ def _start_parts(found: Layout, wanted: Wanted, address: Address, group: Placeme
         make, name = actor(WriterActor, part)
         started.append((part, make.remote(part.name, generator, **layout.mode_of(found), dtype=dtype, threads=threads)))
         written_by = (name, part.name)
-    for part, handle in started:
-        _up(handle, part, wanted.loading_s, say)
+    up = [_up(handle, part, wanted.loading_s, say) for part, handle in started]
+    if len(stages) > 1:
+        count = sum(said.get("direct", False) for said in up)
+        say("activations go from stage to stage " + (
+            "through Ray's object store" if not count else "directly, by NIXL" if count == len(stages) else
+            f"directly, by NIXL, between {count} of {len(stages)} stages that can, else through Ray's object store"))
     make, _ = actor(Desk, desk)
     handle = make.remote(
         desk.name, folder, desk.plan,
@@ -181,18 +189,21 @@ def _start_parts(found: Layout, wanted: Wanted, address: Address, group: Placeme
         raise ClusterError(answer["error"][1])
 
 
-def _actor(kind: type, part: PartPlan, name: str, group: PlacementGroup, gpu: bool) -> Any:
+def _actor(kind: type, part: PartPlan, name: str, group: PlacementGroup, gpu: bool, directly: bool) -> Any:
     resources = {"num_gpus": part.share, "num_cpus": 0} if gpu else {"num_cpus": part.share}
     strategy = PlacementGroupSchedulingStrategy(group, part.bundle)
     # Restarted for ever: a node may go and come back. No call is repeated: what was under way there is lost. Without task
     # events, a history of every pass that the head would keep.
-    return ray.remote(kind).options(
+    # Who hands tensors out needs threads that Ray gives them back in; it takes this of the class, not of its options.
+    hands_out = {"enable_tensor_transport": True} if directly and part.kind == "stage" else {}
+    return (ray.remote(**hands_out)(kind) if hands_out else ray.remote(kind)).options(
         name=name, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_task_retries=0,
         max_concurrency=CALLS_AT_ONCE[part.kind], scheduling_strategy=strategy,
         runtime_env={"env_vars": ENVIRONMENT}, enable_task_events=False, **resources)
 
 
-def _up(handle: Any, part: PartPlan, loading_s: float, say: Callable[[str], None]) -> None:
+def _up(handle: Any, part: PartPlan, loading_s: float, say: Callable[[str], None]) -> dict[str, Any]:
     actor, began = Actor(handle, part.name, loading_s), time.monotonic()
     said = actor.ready(loading_s, lambda: None)
     say(f"{part.name} is up on node {said['node']}, process {said['pid']}, after {time.monotonic() - began:.1f} s")
+    return said

@@ -21,6 +21,8 @@ from ..handle import InjectedLoRA
 from ..lora.attach import hang, take_off
 from ..placement.build import ELSEWHERE
 from ..placement.plan import Plan
+from . import direct
+from .direct import Handed
 from .part import Part, load_share
 from .wire import Parcel, opened, parcel
 
@@ -47,9 +49,10 @@ def partial_plan(plan: Plan, **held: Any) -> Plan:
 
 
 class StageActor(Part):
-    """Layers ``first`` .. ``first + layers`` from a backbone folder, on ``device``."""
+    """The layers of a plan's one stage. transport: of ``direct.TRANSPORTS``; fetch_s: the longest wait for a stage before."""
 
-    def __init__(self, name: str, folder: str, plan: Plan, threads: int = 0):
+    def __init__(self, name: str, folder: str, plan: Plan, threads: int = 0, transport: str = direct.STORE,
+                 fetch_s: float = direct.LONGEST_FETCH_S):
         self._placed, fingerprint = load_share(folder, plan)
         self._stage = self._placed.backbone.stages[0]
         layers = range(self._stage.first, self._stage.first + len(self._stage.layers))
@@ -59,10 +62,12 @@ class StageActor(Part):
         self._experts = self._placed.backbone.config.num_experts
         self._requests: dict[str, _Request] = {}
         self._wearing: _Request | None = None
+        self._direct, self._fetch_s, self._fetched = direct.begin(transport, self._stage.device), fetch_s, 0
         super().__init__(name, fingerprint, threads)
 
     def hello(self) -> dict[str, Any]:
-        return super().hello() | {"open": len(self._requests), "weights_held": self._placed.nbytes(self._stage.device)}
+        return super().hello() | {"open": len(self._requests), "weights_held": self._placed.nbytes(self._stage.device),
+                                  "direct": self._direct, "fetched": self._fetched}
 
     def open(self, request: str, rows: int, capacity: int, headers: Sequence[dict[str, Any]], *shards: bytes) -> None:
         """Make room for a request. headers: rank, scale (R numbers) and strength of each LoRA, whose part for this stage is a
@@ -79,21 +84,29 @@ class StageActor(Part):
                     for router in self._routers]
         self._requests[request] = _Request(loras, self._stage.new_cache(rows, capacity), counts_E)
 
-    def run(self, request: str | None, hidden: Parcel, aside: dict[str, Any]) -> Parcel:
+    def run(self, request: str | None, hidden: Parcel | Handed, aside: dict[str, Any],
+            directly: bool = False) -> Parcel | Handed:
         """A pass. request: whose cache and LoRAs, None for one that keeps nothing. aside: what is beside the hidden states,
-        see ``remote.aside``.
+        see ``remote.aside``. directly: whether the next stage fetches the result from here.
 
-        Raises: ClusterError for a request that is not open here: this process is younger than it.
+        Raises: ClusterError for a request that is not open here: this process is younger than it; if the stage before has died
+            with what it handed out.
         """
-        return self.work(self._pass, request, hidden, aside, urgent=hidden[1][1] == 1)
+        urgent = hidden[1][1] == 1
+        if direct.is_handed(hidden):  # brought here before it is its turn
+            hidden = direct.fetch(hidden, self._fetch_s)
+            self._fetched += 1
+        return self.work(self._pass, request, hidden, aside, directly, urgent=urgent)
 
-    def _pass(self, request: str | None, hidden: Parcel, aside: dict[str, Any]) -> Parcel:
+    def _pass(self, request: str | None, hidden: Parcel | torch.Tensor, aside: dict[str, Any],
+              directly: bool) -> Parcel | Handed:
         found = None if request is None else self._requests.get(request)
         if request is not None and found is None:
             raise ClusterError(f"{self._identity} was started again while the request was under way: run it again")
         self._wear(found)
         device = self._stage.device
-        x_BLD, cos_LQ, sin_LQ = (opened(part, device) for part in (hidden, aside["cos"], aside["sin"]))
+        x_BLD = hidden if isinstance(hidden, torch.Tensor) else opened(hidden, device)
+        cos_LQ, sin_LQ = (opened(aside[part], device) for part in ("cos", "sin"))
         mask = None if aside["mask"] is None else opened(aside["mask"], device)
         if aside["keys"] is not None:
             mask = CanvasSight(mask, aside["keys"])
@@ -101,7 +114,9 @@ class StageActor(Part):
         cache = None if found is None else found.cache
         if cache is not None:
             cache.reserve(int(aside["length"]))
-        return parcel(self._stage.run(x_BLD, (cos_LQ, sin_LQ), mask, cache, positions_L, lambda layer: None))
+        x_BLD = self._stage.run(x_BLD, (cos_LQ, sin_LQ), mask, cache, positions_L, lambda layer: None)
+        # A single token is a few kilobytes, which travel with Ray's own messages.
+        return direct.hand(x_BLD, str(self._identity)) if directly and x_BLD.shape[1] > 1 else parcel(x_BLD)
 
     def close(self, request: str) -> Parcel:
         """Give back what the request holds; returns (layers, E) int64, how many tokens went to each expert. Closing what is not

@@ -150,16 +150,18 @@ class Steps:
             report.note(f"waiting for others on the cluster: place {place} in the queue")
             report.check()
 
-        return Session(request, user, self.stages, self.admission, report.check, on_place, report.all_up, self._kv_bytes,
+        return Session(request, user, self.stages, self.admission, report.check, on_place, report.all_up, self._bytes,
                        **more)
 
     def _view(self, session: Session) -> ModelHandle:
         return replace(self.model, placed=Standing(session.view(self.model.backbone)))
 
-    def _kv_bytes(self, layers: int, rows: int, slots: int) -> int:
+    def _bytes(self, layers: int, rows: int, slots: int, direct: bool) -> int:
+        """Of a request on a stage: keys and values, and what has come and not yet gone where the object store does not keep
+        it."""
         config = self.model.config
-        width = config.num_key_value_heads * config.attention_head_dim
-        return 2 * layers * rows * slots * width * self.model.backbone.dtype.itemsize
+        width = 2 * layers * config.num_key_value_heads * config.attention_head_dim + 2 * direct * config.hidden_size
+        return rows * slots * width * self.model.backbone.dtype.itemsize
 
     def _headers(self, loras: Sequence[Mapping[str, Any]], parts: Sequence[Sequence[Any]]) -> tuple[list[dict], list[int]]:
         """What stages need to know of each LoRA, and how many bytes they will hold."""
