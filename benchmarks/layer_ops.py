@@ -10,6 +10,7 @@ import argparse
 import statistics
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch.nn import functional as F
@@ -65,6 +66,11 @@ def loop_expert_mlp(x_TD, gate_and_up_EFD, down_EDF, expert_TK, weight_TK, up=No
     return out_TD
 
 
+def at_once(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """It takes all tokens at once, however many it is told to."""
+    return lambda *arguments, at_once=None, **adapters: function(*arguments, **adapters)
+
+
 def layer_config(width: int, experts: int) -> BackboneConfig:
     """A one-layer backbone with the published proportions: 64 experts, 8 a token, grouped heads."""
     return BackboneConfig(
@@ -102,7 +108,7 @@ def main() -> None:
     hidden = torch.randn(1, options.tokens, options.width)
     rope = table(positions(options.tokens, []), config.attention_head_dim, config.rope_theta)
     ours = experts.expert_mlp
-    arms = {"ours": ours, "without LoRA": ours, "reference": reference.expert_mlp, "loop": loop_expert_mlp}
+    arms = {"ours": ours, "without LoRA": ours, "reference": at_once(reference.expert_mlp), "loop": at_once(loop_expert_mlp)}
     plain = build(config, rank=0)
     figures, outputs, seconds = {}, {}, {name: [] for name in arms}
     try:
