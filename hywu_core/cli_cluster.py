@@ -37,9 +37,9 @@ def serve_parser() -> tuple[argparse.ArgumentParser, Any]:
     parser.add_argument("--at-once", type=int, default=16, help="most requests on the stages at a time (default: 16)")
     parser.add_argument("--patience", type=float, default=300.0,
                         help="seconds after which a part that does not answer is started again (default: 300)")
-    parser.add_argument("--transport", default="auto", choices=("auto", "nixl", "store"),
-                        help="how activations go from stage to stage: store, through Ray's object store; nixl, from memory to "
-                             "memory (pip install nixl on every node); auto, nixl between GPUs where it is installed")
+    parser.add_argument("--transport", default="store", choices=("store", "nixl"),
+                        help="how activations go from stage to stage: through Ray's object store, or by NIXL from memory to "
+                             "memory (pip install nixl on every node) (default: store)")
     parser.add_argument("--detach", action="store_true", help="leave the service up on the cluster and end; needs --address")
     parser.add_argument("--stop", action="store_true", help="take the service at --address down")
     return parser, _serve

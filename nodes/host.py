@@ -108,7 +108,8 @@ def check_checkpoint(name: str, model_type: str) -> bool | str:
 
 def files_fingerprint(folder: Path) -> str:
     """Changes when a file of a checkpoint folder changes (size and time, as reading 160 GB for it would be absurd)."""
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name != KEPT)  # which loading writes
+    own = (KEPT, ".hywu-")  # which loading writes, and what a file is called before it is whole
+    files = sorted(path for path in folder.iterdir() if not path.name.startswith(own) and path.is_file())
     return json.dumps([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 

@@ -92,6 +92,7 @@ class HYWUModelLoader(io.ComfyNode):
         if _is_local(placement):
             model = memory.load(host.checkpoint_folder(backbone), DTYPES[dtype], format)
         else:
+            memory.give_up()
             model = cluster.model(placement, backbone)
         return io.NodeOutput(model, HostVAE(model))
 

@@ -124,8 +124,7 @@ def load(folder: Path, dtype: torch.dtype | None, format: str) -> ModelHandle:
     """
     asked = (folder, host.files_fingerprint(folder), dtype, format)
     model = _BEGUN.pop(asked, None)
-    while _BEGUN:
-        _BEGUN.popitem()[1].placed.release()
+    give_up()
     if model is None or not model.placed.begun:  # or it was unloaded since, and there may be a better plan by now
         wanted = plan.wanted(folder, dtype, format)
         model = open_model(folder, plan=plan.make_plan(wanted))
@@ -138,6 +137,12 @@ def load(folder: Path, dtype: torch.dtype | None, format: str) -> ModelHandle:
         if not model.placed.begun:
             del _BEGUN[asked]
     return model
+
+
+def give_up() -> None:
+    """A load that was cancelled is not gone on with."""
+    while _BEGUN:
+        _BEGUN.popitem()[1].placed.release()
 
 
 def ready(model: ModelHandle) -> None:

@@ -144,7 +144,8 @@ def write_file(file: Path, data: bytes) -> dict[str, Any]:
         raise RequestError(f"cannot write {file} ({len(data)} bytes, {free_bytes(file.parent)} are free): "
                            f"{error.strerror or error}; make room or choose another folder") from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only file system refuses even what is not there
+            aside.unlink(missing_ok=True)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 

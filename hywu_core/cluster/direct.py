@@ -11,36 +11,32 @@ import torch
 
 from ..errors import ClusterError
 
-AUTO, NIXL, STORE = "auto", "nixl", "store"
-TRANSPORTS = (AUTO, NIXL, STORE)
-LONGEST_FETCH_S = 60.0
+STORE, NIXL = "store", "nixl"
+TRANSPORTS = (STORE, NIXL)
+LONGEST_FETCH_S = 45.0  # less than Ray's own limit of 60, which would say that the sender is dead
 # Who has it, its shape, and its reference; in a list, because Ray would fetch what is an argument by itself, without a limit.
 Handed = tuple[str, tuple[int, ...], list[Any]]
 
 
-def possible(wanted: str, device: str) -> bool:
-    """Whether stages on that kind of device are to send directly. Raises ClusterError if that is asked for and cannot be."""
-    if wanted == STORE or (wanted == AUTO and device != "cuda"):
-        return False
-    missing = [name for name, module in (("nixl", "nixl"), ("a Ray that knows it (2.60)", "ray.experimental.rdt"))
-               if importlib.util.find_spec(module) is None]
-    if missing and wanted == NIXL:
-        raise ClusterError(f"--transport nixl needs {' and '.join(missing)} on every node: pip install nixl "
-                           "'ray[client]>=2.60' there, or leave --transport away")
-    return not missing
+def check_ray(transport: str) -> None:
+    """Raises ClusterError if this Ray is too old for the transport."""
+    if transport == NIXL and importlib.util.find_spec("ray.experimental.rdt") is None:
+        raise ClusterError("--transport nixl needs a newer Ray: pip install 'ray[client]>=2.60' on every node and desk, or "
+                           "leave it away")
 
 
-def begin(wanted: str, device: torch.device) -> bool:
-    """As ``possible``, for this process, which is ready for it then. Raises ClusterError if NIXL is there and does not work."""
-    if not possible(wanted, device.type):
+def begin(transport: str) -> bool:
+    """Whether this process sends and reads directly; it is ready for that then. Raises ClusterError if it should and cannot."""
+    if transport != NIXL:
         return False
+    check_ray(transport)
     from ray.experimental.rdt.util import get_tensor_transport_manager
 
     try:
         get_tensor_transport_manager("NIXL").get_nixl_agent()
     except Exception as error:  # NIXL's have no common base; nobody can cancel an actor that starts
-        raise ClusterError(f"NIXL is installed and does not work here ({type(error).__name__}: {str(error)[:200]}): mend it, "
-                           "or take `hywu serve --transport store`") from error
+        raise ClusterError(f"NIXL cannot be used here ({type(error).__name__}: {str(error)[:200]}): pip install nixl on every "
+                           "node, or serve without --transport nixl") from error
     return True
 
 
@@ -56,19 +52,37 @@ def is_handed(what: Any) -> bool:
 
 
 def fetch(handed: Handed, seconds: float) -> torch.Tensor:
-    """The tensor, in memory of its own on this process's device. Raises ClusterError, which names who had it."""
+    """The tensor, in memory of its own on this process's device. For one thread of a process only: Ray drops a sender's
+    connection while others read by it.
+
+    Raises ClusterError, which names who had it.
+    """
     import ray
 
     sender, _, (reference,) = handed
+    if torch.cuda.is_available():
+        # It is written past the stream, into memory that queued kernels may still be using.
+        torch.cuda.current_stream().synchronize()
     try:
         return ray.get(reference, timeout=seconds)
     except ray.exceptions.GetTimeoutError:
         raise ClusterError(f"{sender} has not given its activations away for {seconds:.0f} s: run the request again; if it "
-                           "keeps happening, `hywu serve --transport store`") from None
+                           "keeps happening, serve without --transport nixl") from None
     except ray.exceptions.RayError as error:
         raise ClusterError(f"{sender} died or cannot be reached while the request was under way ({type(error).__name__}); it "
                            "is started again and loads its weights, run the request again") from None
     finally:
         # Ray 2.60 keeps what it knows of a reference that came from elsewhere for ever (its issue 57962).
-        manager = getattr(ray._private.worker.global_worker, "rdt_manager", None)
-        getattr(manager, "_managed_rdt_metadata", {}).pop(reference.hex(), None)
+        _remembered().pop(reference.hex(), None)
+
+
+def remembered() -> int:
+    """Of how many tensors Ray keeps something in this process."""
+    return len(_remembered())
+
+
+def _remembered() -> dict:
+    import ray
+
+    manager = getattr(ray._private.worker.global_worker, "rdt_manager", None)
+    return getattr(manager, "_managed_rdt_metadata", {})

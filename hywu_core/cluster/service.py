@@ -50,7 +50,7 @@ class Wanted:
     patience_s: float = 300.0
     loading_s: float = 1800.0
     threads: int = 0
-    transport: str = direct.AUTO
+    transport: str = direct.STORE
 
 
 def wanted(options: argparse.Namespace) -> Wanted:
@@ -149,19 +149,20 @@ def _start_parts(found: Layout, wanted: Wanted, address: Address, group: Placeme
     folder, threads = str(wanted.model.resolve()), wanted.threads or torch.get_num_threads()
     stages, (tower,), (desk,), writers = found.of("stage"), found.of("tower"), found.of("desk"), found.of("writer")
 
-    directly = direct.possible(wanted.transport, "cuda" if found.gpu else "cpu")
+    transport = wanted.transport if len(stages) > 1 else direct.STORE
+    direct.check_ray(transport)
     fetch_s = min(direct.LONGEST_FETCH_S, wanted.patience_s / 2)
 
     def actor(kind: type, part: PartPlan, number: int = 0) -> tuple[Any, str]:
         name = address.actor(part.kind, number)
-        return _actor(kind, part, name, group, found.gpu, directly), name
+        return _actor(kind, part, name, group, found.gpu, transport == direct.NIXL), name
 
     started: list[tuple[PartPlan, Any]] = []
     names: list[str] = []
     for number, part in enumerate(stages):
         make, name = actor(StageActor, part, number)
         names.append(name)
-        started.append((part, make.remote(part.name, folder, part.plan, threads, wanted.transport, fetch_s)))
+        started.append((part, make.remote(part.name, folder, part.plan, threads, transport, fetch_s)))
     make, tower_name = actor(TowerActor, tower)
     started.append((tower, make.remote(tower.name, folder, tower.plan, threads)))
     written_by, generator = None, ""
@@ -171,12 +172,11 @@ def _start_parts(found: Layout, wanted: Wanted, address: Address, group: Placeme
         make, name = actor(WriterActor, part)
         started.append((part, make.remote(part.name, generator, **layout.mode_of(found), dtype=dtype, threads=threads)))
         written_by = (name, part.name)
-    up = [_up(handle, part, wanted.loading_s, say) for part, handle in started]
+    for part, handle in started:
+        _up(handle, part, wanted.loading_s, say)
     if len(stages) > 1:
-        count = sum(said.get("direct", False) for said in up)
-        say("activations go from stage to stage " + (
-            "through Ray's object store" if not count else "directly, by NIXL" if count == len(stages) else
-            f"directly, by NIXL, between {count} of {len(stages)} stages that can, else through Ray's object store"))
+        way = "directly, by NIXL" if transport == direct.NIXL else "through Ray's object store"
+        say(f"activations go from stage to stage {way}")
     make, _ = actor(Desk, desk)
     handle = make.remote(
         desk.name, folder, desk.plan,
@@ -202,8 +202,7 @@ def _actor(kind: type, part: PartPlan, name: str, group: PlacementGroup, gpu: bo
         runtime_env={"env_vars": ENVIRONMENT}, enable_task_events=False, **resources)
 
 
-def _up(handle: Any, part: PartPlan, loading_s: float, say: Callable[[str], None]) -> dict[str, Any]:
+def _up(handle: Any, part: PartPlan, loading_s: float, say: Callable[[str], None]) -> None:
     actor, began = Actor(handle, part.name, loading_s), time.monotonic()
     said = actor.ready(loading_s, lambda: None)
     say(f"{part.name} is up on node {said['node']}, process {said['pid']}, after {time.monotonic() - began:.1f} s")
-    return said

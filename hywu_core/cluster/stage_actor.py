@@ -62,12 +62,12 @@ class StageActor(Part):
         self._experts = self._placed.backbone.config.num_experts
         self._requests: dict[str, _Request] = {}
         self._wearing: _Request | None = None
-        self._direct, self._fetch_s, self._fetched = direct.begin(transport, self._stage.device), fetch_s, 0
+        self._direct, self._fetch_s, self._fetched = direct.begin(transport), fetch_s, 0
         super().__init__(name, fingerprint, threads)
 
     def hello(self) -> dict[str, Any]:
         return super().hello() | {"open": len(self._requests), "weights_held": self._placed.nbytes(self._stage.device),
-                                  "direct": self._direct, "fetched": self._fetched}
+                                  "direct": self._direct, "fetched": self._fetched, "remembered": direct.remembered()}
 
     def open(self, request: str, rows: int, capacity: int, headers: Sequence[dict[str, Any]], *shards: bytes) -> None:
         """Make room for a request. headers: rank, scale (R numbers) and strength of each LoRA, whose part for this stage is a
@@ -92,20 +92,19 @@ class StageActor(Part):
         Raises: ClusterError for a request that is not open here: this process is younger than it; if the stage before has died
             with what it handed out.
         """
-        urgent = hidden[1][1] == 1
-        if direct.is_handed(hidden):  # brought here before it is its turn
-            hidden = direct.fetch(hidden, self._fetch_s)
-            self._fetched += 1
-        return self.work(self._pass, request, hidden, aside, directly, urgent=urgent)
+        return self.work(self._pass, request, hidden, aside, directly, urgent=hidden[1][1] == 1)
 
-    def _pass(self, request: str | None, hidden: Parcel | torch.Tensor, aside: dict[str, Any],
-              directly: bool) -> Parcel | Handed:
+    def _pass(self, request: str | None, hidden: Parcel | Handed, aside: dict[str, Any], directly: bool) -> Parcel | Handed:
         found = None if request is None else self._requests.get(request)
         if request is not None and found is None:
             raise ClusterError(f"{self._identity} was started again while the request was under way: run it again")
         self._wear(found)
         device = self._stage.device
-        x_BLD = hidden if isinstance(hidden, torch.Tensor) else opened(hidden, device)
+        if direct.is_handed(hidden):
+            x_BLD = direct.fetch(hidden, self._fetch_s)
+            self._fetched += 1
+        else:
+            x_BLD = opened(hidden, device)
         cos_LQ, sin_LQ = (opened(aside[part], device) for part in ("cos", "sin"))
         mask = None if aside["mask"] is None else opened(aside["mask"], device)
         if aside["keys"] is not None:

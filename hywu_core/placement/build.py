@@ -94,7 +94,7 @@ class Placed:
         backbone, plan = self.backbone, self.plan
         for name in {stage.device for stage in plan.stages}:
             usable_device(name)
-        if self._loading is not None and self._loading.plan is not plan:
+        if self.loaded or (self._loading is not None and self._loading.plan is not plan):
             self.release()
         ticking = False
 

@@ -1,5 +1,6 @@
 """The fingerprint follows the values and nothing else: not the sharding, not the file names, not the float dtype of storage."""
 
+import errno
 import importlib
 import json
 import os
@@ -146,10 +147,21 @@ def test_one_of_other_tensors_does_not_count(kept, computed):
     assert other != first and len(computed) == 2 and of(folder) == first
 
 
-def test_a_folder_that_cannot_be_written_does_not_matter(kept, monkeypatch):
+@pytest.mark.parametrize("calls", [("os.replace",), ("builtins.open", "pathlib.Path.unlink")], ids=["forbidden", "read-only"])
+def test_a_folder_that_cannot_be_written_does_not_matter(kept, monkeypatch, calls):
     folder, file = kept
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
-    assert len(of(folder)) == 16 and not file.exists() and not list(folder.glob(".hywu*"))
+
+    def refused(path, mode="x", *rest, **keywords):
+        if mode == "rb":
+            return plain(path, mode, *rest, **keywords)
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    plain = open
+    for call in calls:
+        monkeypatch.setattr(call, refused)
+    found = of(folder)
+    monkeypatch.undo()
+    assert len(found) == 16 and not file.exists() and not list(folder.glob(".hywu*"))
 
 
 def test_what_is_small_is_not_kept(save_shards):

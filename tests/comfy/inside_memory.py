@@ -8,6 +8,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.model_management as management
 import comfy.model_patcher
@@ -28,7 +29,8 @@ from comfyui_hywu.hywu_core.placement.devices import parse_devices
 from comfyui_hywu.hywu_core.placement.request import Request
 from comfyui_hywu.hywu_core.placement.sizes import model_sizes
 from comfyui_hywu.hywu_core.sampling.denoise import sample
-from comfyui_hywu.nodes import host, memory, plan
+from comfyui_hywu.nodes import cluster, host, memory, plan
+from comfyui_hywu.nodes import load as load_nodes
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -251,13 +253,19 @@ def test_a_cancelled_load_gives_its_memory_back_when_asked_to_unload(monkeypatch
     assert load().placed is not begun.placed and not memory._BEGUN
 
 
-def test_a_cancelled_load_gives_its_memory_back_when_something_else_is_loaded(monkeypatch):
+@pytest.mark.parametrize("other", ["another format", "one of a cluster"])
+def test_a_cancelled_load_gives_its_memory_back_when_something_else_is_loaded(monkeypatch, other):
     cancels = Cancels(monkeypatch, 6)
     with pytest.raises(management.InterruptProcessingException):
         load()
     (begun,) = memory._BEGUN.values()
     cancels.at = 0
-    assert load("int8").placed is not begun.placed
+    if other == "another format":
+        assert load("int8").placed is not begun.placed
+    else:
+        monkeypatch.setattr(cluster, "model", lambda *_: SimpleNamespace(elsewhere=object(), placed=None))
+        monkeypatch.setattr(load_nodes, "HostVAE", lambda model: None)
+        load_nodes.HYWUModelLoader.execute("hywu-mini/backbone", "checkpoint", "auto", "127.0.0.1:9")
     assert not begun.placed.begun and begun.placed.nbytes(CPU) == 0 and not memory._BEGUN
 
 
@@ -426,6 +434,7 @@ def test_the_fingerprint_file_that_loading_writes_is_no_change_of_the_checkpoint
     folder = shutil.copytree(MINI / "backbone", tmp_path / "backbone")
     before = host.files_fingerprint(folder)
     (folder / "hywu_fingerprint.json").write_text("{}")
+    (folder / ".hywu-0123.part").write_text("{}")
     assert host.files_fingerprint(folder) == before
     (folder / "config.json").write_text("{}")
     assert host.files_fingerprint(folder) != before

@@ -280,6 +280,8 @@ def test_a_cancelled_load_goes_on_however_often_it_is_cancelled(folder, tmp_path
     for module in (read_module, build_module):
         monkeypatch.setattr(module, "TICK_BYTES", 1 << 18)
     monkeypatch.setattr(read_module, "CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr(read_module, "PARALLEL_BYTES", 1)  # a converted folder has several files
+    monkeypatch.setattr(read_module.os, "cpu_count", lambda: 4)
     if form != "bf16" and stages is SPREAD:  # what stays on disk must be packed there
         convert(folder, tmp_path / "converted", form)
         folder = tmp_path / "converted"
@@ -300,9 +302,10 @@ def test_a_cancelled_load_goes_on_however_often_it_is_cancelled(folder, tmp_path
         totals |= {total for _, total, _ in ticks}
     assert not placed.begun and len(starts) > 3 and starts == sorted(starts)
     assert {ticks[-1][0]} == totals and starts[-1] > ticks[-1][0] / 2
-    # Of a tensor that was cut off, the begin is read again.
-    largest = max(entry.nbytes for entry in open_shards(folder).entries.values())
-    assert at_once <= sum(read) <= at_once + len(starts) * largest
+    # Of a tensor that was cut off, the begin is read again: of one a file.
+    entries = open_shards(folder).entries.values()
+    largest, files = max(entry.nbytes for entry in entries), len({entry.file for entry in entries})
+    assert at_once <= sum(read) <= at_once + len(starts) * files * largest
     assert torch.equal(run(placed.backbone), run(load(folder, *stages, form=form)))
 
 
@@ -320,6 +323,18 @@ def test_a_load_that_was_begun_can_be_given_up(folder, when):
         placed.plan = plan(placed.backbone.config, *SPREAD)
     placed.load()
     assert torch.equal(run(placed.backbone), run(load(folder)))
+
+
+def test_a_loaded_one_that_is_loaded_again_is_not_used_half(folder):
+    placed = placed_by(folder)
+    before = run(placed.backbone)
+    with pytest.raises(Cancelled):
+        placed.load(cancel_at(1))
+    assert not placed.loaded and placed.begun
+    with pytest.raises(RequestError, match="unloaded"):
+        run(placed.backbone)
+    placed.load()
+    assert torch.equal(run(placed.backbone), before)
 
 
 def test_an_error_in_a_load_gives_everything_back(folder, monkeypatch):
