@@ -11,8 +11,7 @@ import torch
 
 from ..errors import ClusterError
 
-STORE, NIXL = "store", "nixl"
-TRANSPORTS = (STORE, NIXL)
+STORE, NIXL = "store", "nixl"  # what a service is told
 LONGEST_FETCH_S = 45.0  # less than Ray's own limit of 60, which would say that the sender is dead
 # Who has it, its shape, and its reference; in a list, because Ray would fetch what is an argument by itself, without a limit.
 Handed = tuple[str, tuple[int, ...], list[Any]]

@@ -38,7 +38,7 @@ CALLS_AT_ONCE = {"stage": 64, "tower": 8, "writer": 64, "desk": 300}
 class Wanted:
     """What to serve and how. stages: for nodes without a GPU; at_once: requests on the stages at a time. patience_s: for one
     pass, with those of others before it. threads: of each part on a CPU, 0 for as many as torch takes here: fewer
-    give other last digits than a model without a cluster. transport: of ``direct.TRANSPORTS``."""
+    give other last digits than a model without a cluster. transport: ``direct.STORE`` or ``NIXL``."""
 
     model: Path
     generator: Path | None
@@ -195,8 +195,9 @@ def _actor(kind: type, part: PartPlan, name: str, group: PlacementGroup, gpu: bo
     # Restarted for ever: a node may go and come back. No call is repeated: what was under way there is lost. Without task
     # events, a history of every pass that the head would keep.
     # Who hands tensors out needs threads that Ray gives them back in; it takes this of the class, not of its options.
-    hands_out = {"enable_tensor_transport": True} if directly and part.kind == "stage" else {}
-    return (ray.remote(**hands_out)(kind) if hands_out else ray.remote(kind)).options(
+    hands_out = directly and part.kind == "stage"
+    remote = ray.remote(enable_tensor_transport=True)(kind) if hands_out else ray.remote(kind)
+    return remote.options(
         name=name, namespace=NAMESPACE, lifetime="detached", max_restarts=-1, max_task_retries=0,
         max_concurrency=CALLS_AT_ONCE[part.kind], scheduling_strategy=strategy,
         runtime_env={"env_vars": ENVIRONMENT}, enable_task_events=False, **resources)

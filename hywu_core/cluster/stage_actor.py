@@ -49,7 +49,7 @@ def partial_plan(plan: Plan, **held: Any) -> Plan:
 
 
 class StageActor(Part):
-    """The layers of a plan's one stage. transport: of ``direct.TRANSPORTS``; fetch_s: the longest wait for a stage before."""
+    """The layers of a plan's one stage. transport: ``direct.STORE`` or ``NIXL``; fetch_s: longest wait for the stage before."""
 
     def __init__(self, name: str, folder: str, plan: Plan, threads: int = 0, transport: str = direct.STORE,
                  fetch_s: float = direct.LONGEST_FETCH_S):

@@ -18,6 +18,17 @@ LORA_NAMES = ["inspect_lora", "blend_loras", "mask_lora", "map_loras", "share_lo
 SECONDS = 1000  # in milliseconds, as Playwright counts
 ALERTS = ".p-dialog, .p-toast-message-warn, .p-toast-message-error, .comfy-modal:visible"
 
+# The random checkpoint instead of the one that a workflow names, few tokens, and so many steps.
+SMALL = """steps => {
+    const set = (type, values) => {
+        for (const node of window.app.graph.nodes.filter(n => n.type === type))
+            for (const [name, value] of Object.entries(values)) node.widgets.find(w => w.name === name).value = value;
+    };
+    set('HYWUModelLoader', {backbone: 'deep/base'});
+    set('HYWUGeneratorLoader', {generator: 'deep/pg'});
+    set('HYWUThink', {max_new_tokens: 12});
+    set('HYImageSampler', {steps, size: '1:1'});
+}"""
 # Fills window.seen with what arrives while a graph runs.
 WATCH = """() => {
     window.seen = {progress: {}, previews: 0, executed: [], ended: null, errors: []};
@@ -169,17 +180,7 @@ def test_a_workflow_runs_from_the_browser(server, page, name):
     shutil.copy(DATA / "photo.jpg", server.folder("input") / "example.png")
     server.forget()
     load(page, graph)
-    # The random checkpoint instead of the one that the workflow names, and few tokens and steps.
-    page.evaluate("""() => {
-        const set = (type, values) => {
-            for (const node of window.app.graph.nodes.filter(n => n.type === type))
-                for (const [name, value] of Object.entries(values)) node.widgets.find(w => w.name === name).value = value;
-        };
-        set('HYWUModelLoader', {backbone: 'deep/base'});
-        set('HYWUGeneratorLoader', {generator: 'deep/pg'});
-        set('HYWUThink', {max_new_tokens: 12});
-        set('HYImageSampler', {steps: 4, size: '1:1'});
-    }""")
+    page.evaluate(SMALL, 4)
     page.evaluate(WATCH)
     fit_view(page)
     page.evaluate("() => window.app.queuePrompt(0)")

@@ -14,6 +14,7 @@ from comfyui_hywu.tests.comfy.test_browser import (
     PICTURES,
     SECONDS,
     SHOTS,
+    SMALL,
     WATCH,
     alerts,
     fit_view,
@@ -24,16 +25,6 @@ from comfyui_hywu.tests.comfy.test_browser import (
 )
 
 HOSTILE = '<img src=x onerror="window.hacked=1"><b>bold</b>'
-SMALL = """() => {
-    const set = (type, values) => {
-        for (const node of window.app.graph.nodes.filter(n => n.type === type))
-            for (const [name, value] of Object.entries(values)) node.widgets.find(w => w.name === name).value = value;
-    };
-    set('HYWUModelLoader', {backbone: 'deep/base'});
-    set('HYWUGeneratorLoader', {generator: 'deep/pg'});
-    set('HYWUThink', {max_new_tokens: 12});
-    set('HYImageSampler', {steps: 3, size: '1:1'});
-}"""
 # Adds Inspect LoRA: after the generator, with the loader's model and the sampler's latent.
 INSPECT = """() => {
     const graph = window.app.graph;
@@ -99,7 +90,7 @@ def ended(page) -> dict:
 def inspected(page, instruction: str | None = None) -> int:
     """The edit graph with Inspect LoRA, run; the node's id."""
     load(page, workflow("edit_one_photo"))
-    page.evaluate(SMALL)
+    page.evaluate(SMALL, 3)
     if instruction is not None:
         page.evaluate("""text => {
             window.app.graph.nodes.find(n => n.type === 'PrimitiveStringMultiline').widgets[0].value = text;
@@ -294,7 +285,7 @@ COUNT = """() => {
 
 def edit_graph(page, seed: int) -> None:
     load(page, workflow("edit_one_photo"))
-    page.evaluate(SMALL)
+    page.evaluate(SMALL, 3)
     page.evaluate("""seed => {
         window.app.graph.nodes.find(n => n.type === 'HYWUConditionEncoder').widgets.find(w => w.name === 'seed').value = seed;
         for (const node of window.app.graph.nodes)
@@ -365,7 +356,7 @@ def one_page(browser, server):
 def test_a_template_runs_from_the_browser(one_page, server, shared, name):
     server.forget()
     load(one_page, workflow(name))
-    one_page.evaluate(SMALL)
+    one_page.evaluate(SMALL, 3)
     one_page.evaluate(SMALL_LORA, shared)
     one_page.evaluate(WATCH)
     fit_view(one_page)
