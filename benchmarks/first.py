@@ -1,8 +1,8 @@
 """A first implementation of a decoder layer and of thinking, from spec sections 2 and 3: what ``step.py`` compares with.
 
 One projection after the other, a loop over the experts that any token chose, keys repeated for grouped heads, attention under a
-mask, a cache that thinking grows by ``torch.cat``, scores for all rows of the prompt, and ``generator.straightforward``. Its
-LoRA has the scale folded into B, as ours has, which spares it a product. Owns also the random backbone and LoRA that both ways
+mask, a cache that thinking grows by ``torch.cat``, scores for all rows of the prompt, ``generator.straightforward``, and the
+VAE's convolutions with all of their weights. Its LoRA has the scale folded into B, as ours has, which spares it a product. Owns also the random backbone and LoRA that both ways
 are run on, and switching between them (``armed``); measures nothing.
 """
 
@@ -24,6 +24,7 @@ from ..hywu_core.generator.model import ParameterGenerator
 from ..hywu_core.text.template import Sequence
 from ..hywu_core.think import Continuation
 from ..hywu_core.training.recipe import Sizes
+from ..hywu_core.vision.vae_blocks import Conv3
 from ..kernels.reference import Adapter
 from . import generator as generator_benchmark
 from .moe_lora import RANK, SCALE
@@ -136,6 +137,7 @@ def straightforward() -> Iterator[None]:
 
     with (patch.object(DecoderLayer, "forward", loop_layer), patch.object(inputs, "canvas_sight", masked),
           patch.object(thinking_module, "Continuation", LoopContinuation),
+          patch.object(Conv3, "reach", lambda conv: (1, 1, 1)),
           patch.object(ParameterGenerator, "forward", generator_benchmark.straightforward)):
         yield
 

@@ -1,12 +1,15 @@
 """The 3-D VAE: each block against an independent form of its definition, names, frames, posterior, scale, errors, gradients."""
 
+import itertools
 import math
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from comfyui_hywu.hywu_core.config import VAEConfig
 from comfyui_hywu.hywu_core.errors import CheckpointError, PictureError
+from comfyui_hywu.hywu_core.handle import load_model
 from comfyui_hywu.hywu_core.vision import vae_blocks
 from comfyui_hywu.hywu_core.vision.vae import VAE, Posterior
 from comfyui_hywu.hywu_core.vision.vae_blocks import (
@@ -19,7 +22,9 @@ from comfyui_hywu.hywu_core.vision.vae_blocks import (
     space_to_depth,
 )
 from einops import rearrange
+from torch.utils.flop_counter import FlopCounterMode
 
+BUNDLED = Path(__file__).parents[2] / "models" / "hywu-mini" / "backbone"
 FACTORS = dict(ffactor_spatial=16, ffactor_temporal=4)
 TINY = dict(block_out_channels=(32, 32, 32, 64, 64), latent_channels=4, layers_per_block=1, **FACTORS)
 REAL = dict(block_out_channels=(128, 256, 512, 1024, 1024), latent_channels=32, layers_per_block=2, **FACTORS)
@@ -47,6 +52,61 @@ def test_convolution_equals_zero_padding_written_out(monkeypatch, frames, limit)
     patches = padded.unfold(2, 3, 1).unfold(3, 3, 1).unfold(4, 3, 1)  # (b, c, t, h, w, 3, 3, 3)
     want = torch.einsum("bcthwxyz,ocxyz->bothw", patches, conv.weight) + conv.bias[:, None, None, None]
     torch.testing.assert_close(conv(x), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("reach", [None, *itertools.product((0, 1), repeat=3)])
+@pytest.mark.parametrize("frames", [1, 3])
+def test_weights_of_zeros_are_seen_and_change_nothing(reach, frames):
+    conv, x = Conv3(5, 7).requires_grad_(False), randn(2, 5, frames, 6, 9)
+    centre = torch.zeros(3, 3, 3)
+    centre[tuple(slice(1 - each, 2 + each) for each in reach or (0, 0, 0))] = 0 if reach is None else 1
+    conv.weight *= centre
+    assert conv.reach() == reach
+    torch.testing.assert_close(conv(x), F.conv3d(x, conv.weight, conv.bias, padding=1), rtol=1e-5, atol=1e-5)
+
+
+def test_one_weight_anywhere_is_seen():
+    for place in itertools.product(range(3), repeat=3):
+        conv = Conv3(4, 6).requires_grad_(False)
+        conv.weight.zero_()[3, 2][place] = 1e-30
+        assert conv.reach() == tuple(int(each != 1) for each in place)
+        conv.weight[3, 2][place] = float("nan")
+        assert conv.reach() == tuple(int(each != 1) for each in place)
+
+
+def test_weights_that_learn_are_used_whole():
+    conv, x = Conv3(2, 2), randn(1, 2, 2, 4, 4)
+    torch.nn.init.zeros_(conv.weight)
+    assert conv.reach() == (1, 1, 1)
+    conv(x).square().sum().backward()
+    assert conv.weight.grad.abs().amin() > 0
+
+
+@pytest.mark.parametrize(("channels", "bias"), [(32, 0.0), (64, 0.5)])
+def test_a_residual_branch_that_ends_in_zeros_is_not_computed(channels, bias, monkeypatch):
+    block, x = ResnetBlock(channels, 32).requires_grad_(False), randn(1, channels, 2, 4, 4)
+    block.conv2.bias.fill_(bias)
+    block.conv2.weight.zero_()
+    want = bias + (F.conv3d(x, block.nin_shortcut.weight, block.nin_shortcut.bias) if channels != 32 else x)
+    monkeypatch.setattr(block.conv1, "forward", None)
+    torch.testing.assert_close(block(x), want)
+    assert block(x) is not x or bias == 0.0
+
+
+def test_the_bundled_vae_costs_little_and_says_the_same(monkeypatch):
+    vae = load_model(BUNDLED, dtype=torch.float32).backbone.vae
+    picture, latent = randn(1, 3, 64, 48).clamp(-1, 1), randn(1, 64, 4, 3)
+
+    def both():
+        with FlopCounterMode(display=False) as count, torch.no_grad():
+            return vae.encode(picture).mean, vae.decode(latent), count.get_total_flops()
+
+    mean, pixels, cost = both()
+    monkeypatch.setattr(Conv3, "reach", lambda self: (1, 1, 1))
+    wanted_mean, wanted_pixels, whole = both()
+    torch.testing.assert_close(mean, wanted_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(pixels, wanted_pixels, rtol=1e-5, atol=1e-5)
+    assert cost < whole / 20
 
 
 @pytest.mark.parametrize("time", [1, 2])
