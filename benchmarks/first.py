@@ -2,8 +2,8 @@
 
 One projection after the other, a loop over the experts that any token chose, keys repeated for grouped heads, attention under a
 mask, a cache that thinking grows by ``torch.cat``, scores for all rows of the prompt, ``generator.straightforward``, and the
-VAE's convolutions with all of their weights. Its LoRA has the scale folded into B, as ours has, which spares it a product. Owns also the random backbone and LoRA that both ways
-are run on, and switching between them (``armed``); measures nothing.
+VAE's convolutions with all of their weights. Its LoRA has the scale folded into B, as ours has, which spares it a product.
+Owns also the random backbone and LoRA that both ways are run on, and switching between them (``armed``); measures nothing.
 """
 
 from collections.abc import Iterator

@@ -7,6 +7,8 @@ the way, and where the down projection's B side lies behind its columns the seco
 
 import torch
 
+from .few_tokens import chosen as few_tokens_choice
+from .few_tokens import few_tokens
 from .grouped_gemm import chosen as grouped_gemm_choice
 from .grouped_gemm import grouped_gemm
 from .padding import beside
@@ -14,6 +16,7 @@ from .reference import Adapter, swiglu
 from .routing import combine, route
 from .swiglu_lora import chosen as swiglu_lora_choice
 from .swiglu_lora import swiglu_lora
+from .token_attention import chosen as token_attention_choice
 
 # More tokens are done in pieces: at the published sizes a piece needs 2.7 GB on the way (its pairs and their first product),
 # and reading the weights again for the next one is 6 % of its time; both are computed, for an H200. It changes no result.
@@ -39,6 +42,8 @@ def expert_mlp(
         parts = zip(*(each.split(at_once) for each in (x_TD, expert_TK, weight_TK)), strict=True)
         return torch.cat([
             expert_mlp(x, gate_and_up_EFD, down_EDF, expert, weight, up, gate, down, at_once) for x, expert, weight in parts])
+    if up is None and (few_TD := few_tokens(x_TD, gate_and_up_EFD, down_EDF, expert_TK, weight_TK)) is not None:
+        return few_TD
     routes = route(expert_TK, len(down_EDF))
     ends_E, inner = routes.ends_E, down_EDF.shape[2]
     # No tensor of all pairs keeps a name for longer than it is needed.
@@ -58,11 +63,12 @@ def expert_mlp(
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> None:
-    """Try out the products of a GPU now, while no other thread uses it: trying makes any wait for it an error for a moment."""
+    """Try out the kernels of a GPU now, while no other thread uses it: trying makes any wait for it an error for a moment."""
     if device.type == "cuda":
         for in_line in (True, False):
             grouped_gemm_choice(device, dtype, in_line)
-        swiglu_lora_choice(device, dtype)
+        for choice in (swiglu_lora_choice, few_tokens_choice, token_attention_choice):
+            choice(device, dtype)
 
 
 def _columns(x_PD: torch.Tensor, weights: tuple[torch.Tensor, ...], ends_E: torch.Tensor) -> torch.Tensor:

@@ -53,6 +53,16 @@ class KVCache:
         one._values = [values[row : row + 1] for values in self._values]
         return one
 
+    def whole(self) -> "KVCache":
+        """All slots as if they were in use, in the same memory; until this one grows."""
+        whole = copy(self)
+        whole.length = self._keys[0].shape[2]
+        return whole
+
+    def shares(self, other: "KVCache") -> bool:
+        """Whether ``other`` was made of this one (``whole``) and neither has grown since."""
+        return self._keys is other._keys and self._values is other._values
+
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a layer's slots in use."""
         return self._keys[layer][:, :, : self.length], self._values[layer][:, :, : self.length]

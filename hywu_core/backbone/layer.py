@@ -8,10 +8,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from ...kernels.reference import swiglu
+from ...kernels.token_attention import token_attention
 from ..config import BackboneConfig
 from .adapted import AdaptedLinear, Experts
 from .cache import KVCache
-from .mask import CanvasSight
+from .mask import CanvasSight, UpToSlot
 from .rope import rotate
 
 
@@ -48,7 +49,7 @@ class Attention(nn.Module):
         self,
         x_BLD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | CanvasSight | None,
+        mask: torch.Tensor | CanvasSight | UpToSlot | None,
         cache: KVCache | None = None,
         layer: int = 0,
         positions_L: torch.Tensor | None = None,
@@ -56,7 +57,7 @@ class Attention(nn.Module):
         """Attend from x to itself, or, with a cache, to everything in it after x's keys and values are written there.
 
         rope: cos and sin (L, Q) of x's tokens. mask: (L, keys), bool with True = may attend, or ``as_numbers``; None: attend to
-        all; a canvas's sight.
+        all; a canvas's or a single token's sight.
         """
         rows, length, _ = x_BLD.shape
         heads = self.qkv_proj(x_BLD).view(rows, length, self.kv_heads, self.group + 2, self.head_dim)
@@ -73,9 +74,11 @@ class Attention(nn.Module):
 
 
 def attend(
-    q_BHLQ: torch.Tensor, k_BHLQ: torch.Tensor, v_BHLQ: torch.Tensor, mask: torch.Tensor | CanvasSight | None
+    q_BHLQ: torch.Tensor, k_BHLQ: torch.Tensor, v_BHLQ: torch.Tensor, mask: torch.Tensor | CanvasSight | UpToSlot | None
 ) -> torch.Tensor:
     """Attention of grouped heads, (B, H, L, Q) to (B, L, H, Q); the picture of a canvas is attended from without any mask."""
+    if isinstance(mask, UpToSlot):
+        return token_attention(q_BHLQ, k_BHLQ, v_BHLQ, mask.last_L).transpose(1, 2)
     grouped = q_BHLQ.shape[1] != k_BHLQ.shape[1]
     if not isinstance(mask, CanvasSight):
         if grouped and mask is not None and q_BHLQ.is_cuda:

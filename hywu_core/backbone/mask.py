@@ -24,6 +24,12 @@ class CanvasSight(NamedTuple):
         return self._replace(causal_SK=self.causal_SK.to(device))
 
 
+class UpToSlot(NamedTuple):
+    """A single token that sees the slots 0 to ``last_L`` (1,) int64 of the cache, a number that only the device knows."""
+
+    last_L: torch.Tensor
+
+
 def attention_mask(length: int, full_spans: Sequence[tuple[int, int]], rows: torch.Tensor | None = None) -> torch.Tensor:
     """(rows, L) bool, True = may attend: the lower triangle plus everything inside each half-open span.
 

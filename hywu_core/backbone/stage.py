@@ -13,6 +13,7 @@ import torch
 from .cache import KVCache
 from .layer import DecoderLayer
 from .mask import CanvasSight, as_numbers
+from .token_graph import TokenGraphs
 
 Rope = tuple[torch.Tensor, torch.Tensor]
 
@@ -22,6 +23,7 @@ class Stage:
 
     ``present`` is entered around each layer, with its index in the stage and how many tokens it will run on: whoever placed the
     weights elsewhere brings them there (``placement/streaming.py``). ``rest`` gives back what that takes until the next layer.
+    ``resident``: all weights lie where they compute, so that a single token may be one CUDA graph.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer], first: int):
@@ -29,6 +31,8 @@ class Stage:
         self.first = first
         self.present: Callable[[int, int], AbstractContextManager] = lambda index, tokens: nullcontext()
         self.rest: Callable[[], None] = lambda: None
+        self.resident = True
+        self._graphs = TokenGraphs(self.layers)
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +64,12 @@ class Stage:
         mask = None if mask is None else as_numbers(mask.to(device), hidden_BLD.dtype)
         positions_L = None if positions_L is None else positions_L.to(device)
         tokens, queued = hidden_BLD.shape[0] * hidden_BLD.shape[1], deque()
+        if tokens == 1 and self.resident and mask is None and cache is not None:
+            after_BLD = self._graphs.run(hidden_BLD, rope, cache, positions_L)
+            if after_BLD is not None:
+                for index in range(len(self.layers)):
+                    on_layer(self.first + index)
+                return after_BLD
         for index, layer in enumerate(self.layers):
             with self.present(index, tokens):
                 hidden_BLD = layer(hidden_BLD, rope, mask, cache, index, positions_L)

@@ -48,6 +48,11 @@ class Streaming:
         self._ring: Ring | None = None
         self._compute: torch.Tensor | None = None
 
+    @property
+    def resident(self) -> bool:
+        """``Stage.resident``: no layer has to be brought anywhere."""
+        return not self._layers
+
     def rest(self) -> None:
         """``Stage.rest``: no tokens will come for a while, others may have the memory."""
         ring, held = self._ring, self._ring is not None or self._compute is not None

@@ -1,0 +1,88 @@
+"""The experts of a few tokens in Triton, as matrix-vector products: two kernels instead of sorting, two GEMMs and combining.
+
+The first makes ``up * silu(gate)`` of every pair of a token and one of its experts, the second multiplies by the down
+projection and sums a token's experts. Bound by reading the chosen experts' weights, once each; sums in fp32. Which experts
+they are is read on the device. Its twin is ``reference.expert_mlp``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .tiles import attempt
+
+BLOCK_ROWS, BLOCK_I = 8, 512  # rows of a weight that a program makes, and columns of it that it reads at once
+
+
+def kernel(
+    x_TD: torch.Tensor, gate_and_up_EFD: torch.Tensor, down_EDF: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    """As ``few_tokens.few_tokens``; the last axis of x and of the weights has stride 1."""
+    (tokens, top_k), (_, width, inner) = expert_TK.shape, down_EDF.shape
+    h_PF, y_TD = x_TD.new_empty(tokens * top_k, inner), x_TD.new_empty(tokens, width)
+    expert_TK, weight_TK = expert_TK.contiguous(), weight_TK.contiguous()
+    if not tokens:
+        return y_TD
+    with torch.cuda.device_of(x_TD):
+        _up_and_gate[(tokens * top_k, triton.cdiv(inner, BLOCK_ROWS))](
+            x_TD, gate_and_up_EFD, expert_TK, h_PF, width, inner, x_TD.stride(0), gate_and_up_EFD.stride(0),
+            gate_and_up_EFD.stride(1), TOP_K=top_k, BLOCK_ROWS=BLOCK_ROWS, BLOCK_I=BLOCK_I)
+        _down[(tokens, triton.cdiv(width, BLOCK_ROWS))](
+            h_PF, down_EDF, expert_TK, weight_TK, y_TD, width, inner, down_EDF.stride(0), down_EDF.stride(1), TOP_K=top_k,
+            BLOCK_ROWS=BLOCK_ROWS, BLOCK_I=BLOCK_I)
+    return y_TD
+
+
+def works(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether a small case compiles, runs and comes out right here."""
+    x = torch.ones(1, 16, device=device, dtype=dtype)
+    # Of expert 1: up 16, gate 32, which is large enough to be its own SiLU; the others' would be 0.
+    first = torch.tensor([0.0] * 8 + [0.0] * 8 + [1.0] * 8 + [2.0] * 8, device=device, dtype=dtype)
+    second = torch.tensor([0.0, 1.0], device=device, dtype=dtype)
+    y = attempt(kernel, x, first.view(2, 16, 1).repeat(1, 1, 16), second.view(2, 1, 1).repeat(1, 16, 8),
+                torch.tensor([[1, 0]], device=device), torch.tensor([[0.5, 0.5]], device=device))
+    return y is not None and bool((y == 0.5 * 8 * 16 * 32).all())
+
+
+@triton.jit
+def _up_and_gate(
+    x, weight, experts, h, width, inner, x_row, weight_expert, weight_row,
+    TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+):
+    pair = tl.program_id(0).to(tl.int64)
+    rows = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    wanted = rows < inner
+    weight += tl.load(experts + pair).to(tl.int64) * weight_expert
+    up, gate = tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32)
+    for begin in range(0, width, BLOCK_I):
+        columns = begin + tl.arange(0, BLOCK_I)
+        inside = columns < width
+        mask = wanted[:, None] & inside[None]
+        x_I = tl.load(x + pair // TOP_K * x_row + columns, mask=inside, other=0.0).to(tl.float32)
+        at = weight + rows[:, None] * weight_row + columns[None]
+        up += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * x_I[None], 1)
+        gate += tl.sum(tl.load(at + inner * weight_row, mask=mask, other=0.0).to(tl.float32) * x_I[None], 1)
+    tl.store(h + pair * inner + rows, (up * gate * tl.sigmoid(gate)).to(h.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _down(
+    h, weight, experts, shares, y, width, inner, weight_expert, weight_row,
+    TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    rows = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+    wanted = rows < width
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for choice in range(TOP_K):
+        pair = token * TOP_K + choice
+        mine = weight + tl.load(experts + pair).to(tl.int64) * weight_expert
+        y_R = tl.zeros((BLOCK_ROWS,), tl.float32)
+        for begin in range(0, inner, BLOCK_I):
+            columns = begin + tl.arange(0, BLOCK_I)
+            inside = columns < inner
+            h_I = tl.load(h + pair * inner + columns, mask=inside, other=0.0).to(tl.float32)
+            at = mine + rows[:, None] * weight_row + columns[None]
+            y_R += tl.sum(tl.load(at, mask=wanted[:, None] & inside[None], other=0.0).to(tl.float32) * h_I[None], 1)
+        total += tl.load(shares + pair).to(tl.float32) * y_R
+    tl.store(y + token * width + rows, total.to(y.dtype.element_ty), mask=wanted)

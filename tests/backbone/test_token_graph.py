@@ -1,0 +1,215 @@
+"""One token as a graph: replayed at fixed addresses, given up when these change, and without a graph where there is none.
+
+CUDA graphs need a GPU. Here a stand-in records the operators of a step with the very tensors that they got and replays them
+into the very tensors that they made, which is what a graph does: whatever Python decides by a token's number would be seen.
+"""
+
+import logging
+from contextlib import nullcontext
+
+import pytest
+import torch
+from comfyui_hywu.hywu_core.backbone import token_graph
+from comfyui_hywu.hywu_core.backbone.mask import attention_mask
+from comfyui_hywu.hywu_core.backbone.rope import positions, table
+from comfyui_hywu.hywu_core.lora.routing import recording
+from comfyui_hywu.kernels.reference import Adapter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+LENGTH, PROMPT = 12, 5
+CUDA = torch.cuda.is_available()
+
+
+class Recorder(TorchDispatchMode):
+    """Every operator of a block, to be run again on the same memory."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        keywords = keywords or {}
+        made = function(*arguments, **keywords)
+        self.steps.append((function, arguments, keywords, made))
+        return made
+
+    @torch.inference_mode()  # a graph writes to memory, whatever mode it was made in
+    def replay(self):
+        for function, arguments, keywords, made in self.steps:
+            given = {each.untyped_storage().data_ptr() for each in tree_leaves((arguments, keywords))
+                     if isinstance(each, torch.Tensor)}
+            for place, value in zip(tree_leaves(made), tree_leaves(function(*arguments, **keywords)), strict=True):
+                # Views and what is done in place are there already.
+                if isinstance(place, torch.Tensor) and place.untyped_storage().data_ptr() not in given:
+                    place.copy_(value)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    """Graphs on a CPU; the list gets an entry a capture."""
+    made = []
+
+    def recorded(work, device):
+        made.append(device)
+        with Recorder() as recorder:
+            result = work()
+        return result, recorder.replay
+
+    if not CUDA:
+        monkeypatch.setattr(token_graph, "possible", lambda device, dtype: True)
+        monkeypatch.setattr(token_graph, "recorded", recorded)
+    return made
+
+
+@pytest.fixture
+def backbone(tiny_model, monkeypatch):
+    """The tiny model on one stage whose graphs are new."""
+    (stage,) = tiny_model.backbone.stages
+    monkeypatch.setattr(stage, "_graphs", token_graph.TokenGraphs(stage.layers))
+    monkeypatch.setattr(stage, "resident", True)
+    return tiny_model.backbone
+
+
+def thought(backbone, capacity=LENGTH, between=lambda index: None, mode=lambda index: nullcontext()):
+    """A prompt and then token by token against a cache: the hidden states of all, and those of one full pass."""
+    hidden = torch.randn(1, LENGTH, backbone.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    cos, sin = table(positions(LENGTH, []), backbone.config.attention_head_dim, backbone.config.rope_theta)
+    full = backbone.run(hidden, (cos, sin), attention_mask(LENGTH, []))
+    caches = backbone.new_cache(1, capacity)
+    parts = [backbone.run(hidden[:, :PROMPT], (cos[:PROMPT], sin[:PROMPT]), attention_mask(PROMPT, []), caches)]
+    for index in range(PROMPT, LENGTH):
+        between(index)
+        at = slice(index, index + 1)
+        with mode(index):
+            parts.append(backbone.run(hidden[:, at], (cos[at], sin[at]), None, caches, torch.tensor([index])))
+    return torch.cat(parts, dim=1), full
+
+
+@torch.no_grad()
+def test_tokens_of_one_graph_equal_the_full_pass(backbone, captures):
+    seen = []
+    got, full = thought(backbone)
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert len(captures) == 1
+    hidden = torch.zeros(1, 1, backbone.config.hidden_size)
+    rope = table(positions(1, []), backbone.config.attention_head_dim, backbone.config.rope_theta)
+    backbone.run(hidden, rope, None, backbone.new_cache(1, 4), torch.tensor([0]), seen.append)
+    assert seen == [0, 1] and len(captures) == 2  # another cache, another graph
+
+
+@torch.no_grad()
+def test_a_result_is_not_overwritten_by_the_next_token(backbone, captures):
+    rope = table(positions(1, []), backbone.config.attention_head_dim, backbone.config.rope_theta)
+    caches, noise = backbone.new_cache(1, 8), torch.Generator().manual_seed(0)
+    tokens = [torch.randn(1, 1, backbone.config.hidden_size, generator=noise) for _ in range(4)]
+    results = [backbone.run(token, rope, None, caches, torch.tensor([place])) for place, token in enumerate(tokens)]
+    kept = [result.clone() for result in results]
+    backbone.run(tokens[0], rope, None, caches, torch.tensor([4]))
+    assert all(map(torch.equal, results, kept)) and len(captures) == 1
+
+
+@torch.no_grad()
+def test_a_cache_that_grows_gets_a_new_graph(backbone, captures):
+    got, full = thought(backbone, capacity=PROMPT + 2)
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert len(captures) == 2
+
+
+@torch.no_grad()
+def test_weights_that_move_get_a_new_graph(backbone, captures):
+    projection = backbone.model.layers[1].self_attn.o_proj
+    before = projection.weight
+
+    def move(index):
+        if index == PROMPT + 3:
+            projection.weight = torch.nn.Parameter(before.clone(), requires_grad=False)
+            before_values.copy_(before)
+            before.fill_(float("nan"))
+
+    before_values = before.clone()
+    try:
+        got, full = thought(backbone, between=move)
+    finally:
+        before.copy_(before_values)
+        projection.weight = before
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert len(captures) == 2
+
+
+@torch.no_grad()
+def test_tokens_under_a_lora_and_of_stages_that_stream_are_no_graph(backbone, captures):
+    projection = backbone.model.layers[1].self_attn.o_proj
+    projection.attach("", Adapter(torch.randn(3, projection.weight.shape[1]), torch.randn(projection.weight.shape[0], 3), None))
+    try:
+        got, full = thought(backbone)
+    finally:
+        projection.attach("", None)
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(full, thought(backbone)[1]) and len(captures) == 1
+    backbone.stages[0].resident = False
+    thought(backbone)
+    assert len(captures) == 1
+
+
+@torch.no_grad()
+def test_experts_are_counted_in_replays(backbone, captures):
+    with recording(backbone) as routing:
+        thought(backbone)
+    assert captures and routing.counts().sum(-1).tolist() == [2 * LENGTH * backbone.config.moe_topk[0]] * 2
+
+
+@torch.no_grad()
+def test_autograd_has_no_graph(backbone, captures):
+    with torch.enable_grad():
+        got, full = thought(backbone)
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert not captures
+
+
+@pytest.mark.parametrize("first", (0, 1))
+@torch.no_grad()
+def test_inference_mode_may_change_between_tokens(backbone, captures, first):
+    got, full = thought(backbone, mode=lambda index: torch.inference_mode((index + first) % 2 == 0))
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert len(captures) == 1
+
+
+@torch.no_grad()
+def test_what_waits_for_the_device_is_no_graph_and_says_so_once(backbone, captures, monkeypatch, caplog):
+    layer = backbone.model.layers[0]
+    forward = layer.mlp.gate.forward
+
+    def waits(x):
+        chosen, share = forward(x)
+        chosen.sum().item()
+        return chosen, share
+
+    monkeypatch.setattr(layer.mlp.gate, "forward", waits)
+    with caplog.at_level(logging.WARNING, "hywu"):
+        got, full = thought(backbone)
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert len(captures) == 1
+    assert [record.message for record in caplog.records] == [
+        "HY-WU: no CUDA graph of a token on cpu (operation not permitted when stream is capturing): thinking is slower"]
+
+
+@torch.no_grad()
+def test_a_graph_with_another_result_is_not_used(backbone, captures, monkeypatch, caplog):
+    monkeypatch.setattr(token_graph, "recorded", lambda work, device: (work() * 1.1, lambda: None))
+    with caplog.at_level(logging.WARNING, "hywu"):
+        got, full = thought(backbone)
+    torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
+    assert "its result is 10.0% off" in caplog.text and len(caplog.records) == 1
+
+
+@torch.no_grad()
+def test_out_of_memory_is_not_taken_for_a_graph_that_cannot_be(backbone, captures, monkeypatch):
+    def full(work, device):
+        raise torch.OutOfMemoryError("none left")
+
+    monkeypatch.setattr(token_graph, "recorded", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        thought(backbone)
