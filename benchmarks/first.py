@@ -18,6 +18,7 @@ from ..hywu_core import think as thinking_module
 from ..hywu_core.backbone import inputs
 from ..hywu_core.backbone.adapted import AdaptedLinear, Experts
 from ..hywu_core.backbone.layer import DecoderLayer
+from ..hywu_core.backbone.mask import attention_mask
 from ..hywu_core.backbone.model import Backbone, build_backbone
 from ..hywu_core.config import BackboneConfig
 from ..hywu_core.generator.model import ParameterGenerator
@@ -117,15 +118,16 @@ class LoopContinuation(Continuation):
         self._caches = [CatCache()]
 
     @torch.no_grad()
-    def __call__(self, token: int | None) -> torch.Tensor:
+    def __call__(self, tokens: list[int]) -> torch.Tensor:
         backbone = self._backbone
-        if token is None:
+        if not tokens:
             hidden_BLD = inputs.embed(backbone, self._sequence, self._pictures)
             rope, mask = inputs.rope_table(backbone, self._sequence), inputs.mask(backbone, self._sequence)
         else:
-            hidden_BLD, mask = backbone.embed(torch.tensor([[token]])), None
-            rope = inputs.text_rope(backbone, self._length)
-            self._length += 1
+            position_L = torch.arange(self._length, self._length + len(tokens))
+            self._length += len(tokens)
+            mask = None if len(tokens) == 1 else attention_mask(self._length, [], position_L)
+            hidden_BLD, rope = backbone.embed(torch.tensor([tokens])), inputs.text_rope(backbone, position_L)
         return backbone.logits(backbone.run(hidden_BLD, rope, mask, self._caches))[:, -1]
 
 

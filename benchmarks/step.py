@@ -224,8 +224,8 @@ def thinking(backbone: Backbone, rates: Rates, prompt: int, tokens: int, rounds:
         with armed(backbone, None, straight):
             run = thinking_module.Continuation(SimpleNamespace(backbone=backbone), sequence, ())
             times = [clock()]
-            for token in (None, *ids[0, prompt:].tolist()):
-                scores[name] = run(token)
+            for new in ([], *ids[0, prompt:, None].tolist()):
+                scores[name] = run(new)
                 int(scores[name].argmax())
                 times.append(clock())
         found = {"prompt_s": times[1] - times[0], "token_s": (times[-1] - times[1]) / tokens}

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from .backbone import inputs
+from .backbone.mask import attention_mask
 from .backbone.pictures import EncodedPicture, posterior_noise
 from .condition import encode_pictures, fit_pictures
 from .elsewhere import done_where_the_model_is
@@ -76,9 +77,8 @@ def think(
 
 
 class Continuation:
-    """A one-row sequence that grows token by token against a cache: call it with each new token for what may follow.
-
-    The first call, with None, runs the prompt (``on_layer`` after each of its layers); every later one runs one token.
+    """A one-row sequence that grows against a cache: call it with each new token, or with some that are certain, for what may
+    follow. The first call, with none, runs the prompt (``on_layer`` after each of its layers).
     """
 
     def __init__(
@@ -93,16 +93,18 @@ class Continuation:
         self._caches = self._backbone.new_cache(1, self._length + FIRST_SLOTS)
 
     @torch.no_grad()
-    def __call__(self, token: int | None) -> torch.Tensor:
-        """Raw scores (1, V), fp32, of what follows ``token`` (None: of what follows the prompt)."""
+    def __call__(self, tokens: Many[int]) -> torch.Tensor:
+        """Raw scores (1, V), fp32, of what follows ``tokens`` (none: of what follows the prompt)."""
         backbone = self._backbone
-        if token is None:
+        if not tokens:
             hidden_BLD = backbone.run(
                 inputs.embed(backbone, self._sequence, self._pictures), inputs.rope_table(backbone, self._sequence),
                 inputs.mask(backbone, self._sequence), self._caches, on_layer=self._on_layer)
         else:
-            word_BLD, position_L = backbone.embed(torch.tensor([[token]])), torch.tensor([self._length])
+            position_L = torch.arange(self._length, self._length + len(tokens))
+            self._length += len(tokens)
+            # A single token sees everything before it.
+            mask = None if len(tokens) == 1 else attention_mask(self._length, [], position_L).to(backbone.device)
             hidden_BLD = backbone.run(
-                word_BLD, inputs.text_rope(backbone, self._length), None, self._caches, position_L)
-            self._length += 1
+                backbone.embed(torch.tensor([tokens])), inputs.text_rope(backbone, position_L), mask, self._caches, position_L)
         return backbone.logits(hidden_BLD[:, -1:])[:, 0]

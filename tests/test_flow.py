@@ -17,7 +17,7 @@ from comfyui_hywu.hywu_core.sampling.denoise import sample
 from comfyui_hywu.hywu_core.sampling.schedule import Schedule
 from comfyui_hywu.hywu_core.sampling.taylor import TaylorSettings
 from comfyui_hywu.hywu_core.text.template import Sequence
-from comfyui_hywu.hywu_core.think import think
+from comfyui_hywu.hywu_core.think import Continuation, think
 from comfyui_hywu.tests.tiny import write_backbone, write_generator
 from PIL import Image
 
@@ -203,6 +203,17 @@ def test_thinking_has_its_own_seed(tiny_model, photo):
     assert run(3) == first and first.startswith("<think>")
     assert len({run(seed) for seed in range(4)}) > 1
     assert run(3, mode="recaption").startswith("<recaption>")
+
+
+def test_tokens_that_are_certain_can_be_told_together(tiny_model):
+    ids = torch.randint(100, (1, 12), generator=torch.Generator().manual_seed(0))
+    scores = []
+    for together in ([[5], [6], [7], [8]], [[5, 6, 7], [8]]):
+        continuation = Continuation(tiny_model, Sequence(ids), ())
+        continuation([])
+        scores.append([continuation(tokens) for tokens in together][-2:])
+    for one_by_one, at_once in zip(*scores, strict=True):
+        torch.testing.assert_close(at_once, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 def test_taylor_cache_skips_steps(adapted, condition, monkeypatch):

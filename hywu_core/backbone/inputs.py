@@ -60,9 +60,9 @@ def rope_table(backbone: Backbone, sequence: Sequence) -> Rope:
     return _table(backbone, rope.positions(sequence.length, sequence.rope_spans(backbone.config.cond_token_attn_type)))
 
 
-def text_rope(backbone: Backbone, position: int) -> Rope:
-    """Cosines and sines (1, Q) for one token of text that follows a sequence."""
-    return _table(backbone, torch.full((1, 2), position))
+def text_rope(backbone: Backbone, positions_L: torch.Tensor) -> Rope:
+    """Cosines and sines (L, Q) for tokens of text at these positions of a sequence."""
+    return _table(backbone, positions_L.unsqueeze(1).expand(-1, 2))
 
 
 def _table(backbone: Backbone, yx_L2: torch.Tensor) -> Rope:

@@ -81,6 +81,11 @@ class StageTransitions:
             self._pending = list(self._unused.pop(last_token))
         return only(scores_BV, self._pending[0]) if self._pending else scores_BV
 
+    def forces(self, last_token: int) -> bool:
+        """Whether the step after ``last_token`` will be forced, so that its scores need not be known."""
+        arrived = bool(self._pending) and self._pending[0] == last_token
+        return bool(self._pending[arrived:] or self._unused.get(last_token))
+
 
 def filter_scores(scores_BV: torch.Tensor, sampling: Sampling) -> torch.Tensor:
     """(rows, V) scores over the temperature (which must not be 0), with -inf for the tokens that top-k and top-p rule out."""

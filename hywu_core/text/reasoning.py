@@ -63,12 +63,13 @@ def plan_reasoning(tokenizer: Tokenizer, generation: GenerationConfig, mode: str
                 tokenizer.ratio_ids, transitions, stop_ids)
 
 
-def reason(next_scores: Callable[[int | None], torch.Tensor], plan: Plan, sampling: Sampling, generator: torch.Generator,
+def reason(next_scores: Callable[[list[int]], torch.Tensor], plan: Plan, sampling: Sampling, generator: torch.Generator,
            max_new_tokens: int, on_tick: Tick = silent) -> list[int]:
     """Play one run and return its new ids, the stop token included (spec section 11).
 
-    next_scores: called once a token with the token just chosen, None at first (the prompt ends with the opening tag); returns
-    the language model's scores (1, V) for what follows. generator: the CPU generator that the draws come from.
+    next_scores: called with the tokens since its last call, none at first (the prompt ends with the opening tag); returns the
+    language model's scores (1, V) for what follows. More than one: those that were forced. generator: the CPU generator that
+    the draws come from.
 
     Raises:
         RequestError: no token is allowed.
@@ -77,16 +78,16 @@ def reason(next_scores: Callable[[int | None], torch.Tensor], plan: Plan, sampli
         raise RequestError(f"max_new_tokens {max_new_tokens} leaves nothing to write: give 1 or more")
     ratio, transitions = RatioSlice(plan.size_token, plan.ratio_ids), StageTransitions(plan.transitions)
     tokens: list[int] = []
-    last = plan.opening_id
-    while len(tokens) < max_new_tokens:
-        scores_BV = next_scores(tokens[-1] if tokens else None)
-        scores_BV = transitions(last, ratio(last, scores_BV))
-        last = draw(scores_BV, sampling, generator)
+    last, told, scores_BV = plan.opening_id, 0, next_scores([])
+    while True:
+        # A forced token is drawn like any other, so that the draws behind it do not depend on what was skipped.
+        last = draw(transitions(last, ratio(last, scores_BV)), sampling, generator)
         tokens.append(last)
         on_tick(len(tokens), max_new_tokens, None)
-        if last in plan.stop_ids:
-            break
-    return tokens
+        if last in plan.stop_ids or len(tokens) == max_new_tokens:
+            return tokens
+        if not transitions.forces(last):
+            told, scores_BV = len(tokens), next_scores(tokens[told:])
 
 
 def reasoning_text(tokenizer: Tokenizer, plan: Plan, tokens: Iterable[int], drop_think: bool = False) -> str:

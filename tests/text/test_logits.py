@@ -26,6 +26,13 @@ def test_each_trigger_forces_its_tokens_once():
     assert outcome == [None, 9, 7, 2, None, None, None, None]
 
 
+def test_what_will_be_forced_is_known_before_its_step():
+    transitions = StageTransitions({5: [9, 7], 6: [], 7: [2]})
+    for last in (3, 5, 9, 7, 2, 5, 6, 7):
+        known = transitions.forces(last)
+        assert known == transitions.forces(last) == (forced(transitions(last, scores(seed=last))) is not None)
+
+
 def test_free_scores_pass_through_unchanged():
     free = scores()
     assert StageTransitions({5: [9]})(4, free) is free

@@ -18,10 +18,10 @@ class Script:
         self.ids = tokenizer.encode(text)
         self.told = []
 
-    def __call__(self, token):
-        self.told.append(token)
+    def __call__(self, tokens):
+        self.told.append(tokens)
         scores_BV = torch.zeros(1, SIZE)
-        step = len(self.told) - 1
+        step = sum(map(len, self.told))
         scores_BV[0, self.ids[step] if step < len(self.ids) else 0] = 1e4
         return scores_BV
 
@@ -37,14 +37,17 @@ def test_thinking_is_led_into_the_recaption(tokenizer, generation):
     """What the model wants right after </think> is overruled."""
     plan, tokens, script = run(tokenizer, generation, "why</think>?a coat</recaption>more")
     assert tokenizer.decode(tokens) == "why</think><recaption>a coat</recaption>"
-    assert script.told == [None, *tokens[:-1]]
+    # What was forced is told with what forced it.
+    led = len(tokenizer.encode("why</think>"))
+    assert script.told == [[], *([token] for token in tokens[: led - 1]), tokens[led - 1 : led + 1],
+                           *([token] for token in tokens[led + 1 : -1])]
     assert reasoning_text(tokenizer, plan, tokens) == "<think>why</think><recaption>a coat</recaption>"
 
 
 def test_the_run_goes_on_to_the_likeliest_ratio(tokenizer, generation):
     class Favourite(Script):
-        def __call__(self, token):
-            scores_BV = super().__call__(token)
+        def __call__(self, tokens):
+            scores_BV = super().__call__(tokens)
             scores_BV[0, tokenizer.ratio_ids[34]] = 0.5
             return scores_BV
 

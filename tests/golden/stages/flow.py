@@ -179,12 +179,11 @@ def greedy_text(case: Case, stage: str, checks: Checks) -> None:
         inputs.embed(model.backbone, sequence, pictures), inputs.rope_table(model.backbone, sequence),
         inputs.mask(model.backbone, sequence))
     checks.close("prefill_logits_last8", model.backbone.logits(prefill[:, -8:]), golden["prefill_logits_last8"], END_TO_END)
-    continuation, token, tokens, logits = Continuation(model, sequence, pictures), None, [], []
+    continuation, tokens, logits = Continuation(model, sequence, pictures), [], []
     wanted = golden["sequences"][0, sequence.length:].tolist()
     for _ in wanted:
-        logits.append(continuation(token))
-        token = int(logits[-1].argmax())
-        tokens.append(token)
+        logits.append(continuation(tokens[-1:]))
+        tokens.append(int(logits[-1].argmax()))
     checks.exact("sequences", tokens, wanted)
     checks.close("logits", torch.stack(logits, dim=1), golden["logits"], END_TO_END)
 

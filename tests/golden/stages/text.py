@@ -114,8 +114,8 @@ def thinking(case: Case, stage: str, checks: Checks) -> None:
                      meta["stage_transitions"])
         checks.exact(f"{name} stop tokens", sorted(plan.stop_ids), sorted(meta["final_stop_tokens"]))
         recorded = iter(tensors[f"{name}.raw_logits"])
-        tokens = reason(lambda _, recorded=recorded: next(recorded).unsqueeze(0), plan, sampling_of(parts.generation),
-                        torch.Generator().manual_seed(0), parts.generation.max_new_tokens)
+        tokens = reason(lambda new, recorded=recorded: [next(recorded) for _ in new or [None]][-1].unsqueeze(0), plan,
+                        sampling_of(parts.generation), torch.Generator().manual_seed(0), parts.generation.max_new_tokens)
         checks.exact(f"{name} tokens", tokens, meta["new_tokens"])
         checks.exact(f"{name} all scores used", sum(1 for _ in recorded), 0)
         checks.exact(f"{name} decoded", parts.tokenizer.decode(tokens), meta["decoded"])
