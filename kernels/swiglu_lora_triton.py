@@ -7,7 +7,8 @@ import triton.language as tl
 from .reference import Adapter
 from .tiles import attempt, expert_of_tile
 
-BLOCK_P, BLOCK_F = 64, 64
+# Pairs, and columns, of a step, by the bytes of a value: more of fp32 would take more shared memory than consumer cards have.
+BLOCKS = {2: 64, 4: 32}
 
 
 def kernel(
@@ -18,12 +19,12 @@ def kernel(
     if not pairs:
         return out_PH
     # tl.dot wants at least 16 along every side.
-    ranks = max(16, triton.next_power_of_2(rank))
+    ranks, block = max(16, triton.next_power_of_2(rank)), BLOCKS[first_PG.itemsize]
     with torch.cuda.device_of(first_PG):
-        _swiglu_lora[(triton.cdiv(pairs, BLOCK_P) + min(experts, pairs),)](
+        _swiglu_lora[(triton.cdiv(pairs, block) + min(experts, pairs),)](
             first_PG, up.b, gate.b, down.a, ends_E, out_PH, inner, rank, first_PG.stride(0), out_PH.stride(0), up.b.stride(0),
             up.b.stride(1), gate.b.stride(0), gate.b.stride(1), down.a.stride(0), down.a.stride(1), EXPERTS=experts,
-            EXPERTS_UP=triton.next_power_of_2(experts), RANKS=ranks, BLOCK_P=BLOCK_P, BLOCK_F=BLOCK_F)
+            EXPERTS_UP=triton.next_power_of_2(experts), RANKS=ranks, BLOCK_P=block, BLOCK_F=block)
     return out_PH
 
 
