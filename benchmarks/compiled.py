@@ -29,6 +29,8 @@ TARGETS = {80: ("A100", 163), 86: ("RTX 30", 99), 89: ("RTX 40", 99), 90: ("H100
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 RANKS = (16, 64)  # one published LoRA, and four of them in a row
 TOKENS = 8194
+FP8 = "fp8 experts of a token"
+FP8_FROM = 89  # older ones have no e4m3: there experts are unpacked first
 
 
 def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -51,9 +53,12 @@ def launches(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
         down = Adapter(of(experts, rank, inner), of(experts, width, rank), None)
         yield f"experts' LoRA, rank {rank}", lambda rank=rank, up=up, gate=gate, down=down: swiglu_lora_triton.kernel(
             of(pairs, 2 * inner + 2 * rank), up, gate, down, ends, of(pairs, inner + rank))
+    choice = of(1, top_k, kind=torch.int64), of(1, top_k, kind=torch.float32)
     yield "experts of a token", lambda: few_tokens_triton.kernel(
-        of(1, width), wide[:, : 2 * inner], of(experts, width, inner + 2 * RANKS[0])[:, :, :inner],
-        of(1, top_k, kind=torch.int64), of(1, top_k, kind=torch.float32))
+        of(1, width), wide[:, : 2 * inner], of(experts, width, inner + 2 * RANKS[0])[:, :, :inner], *choice)
+    packed = of(experts, 2 * inner, width, kind=torch.float8_e4m3fn), of(experts, width, inner, kind=torch.float8_e4m3fn)
+    scales = tuple(of(*each.shape[:2], 1, kind=torch.float32) for each in packed)
+    yield FP8, lambda: few_tokens_triton.kernel(of(1, width), *packed, *choice, scales)
     keys = of(1, config.num_key_value_heads, 9000, head_dim)
     yield "attention of a token", lambda: token_attention_triton.kernel(
         of(1, config.num_attention_heads, 1, head_dim), keys, keys, of(1, kind=torch.int64))
@@ -74,7 +79,8 @@ def specialised(kernel, given: tuple, named: dict):
     from triton.compiler import ASTSource
 
     types, constants, attributes = {}, {}, {}
-    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.int32: "i32", torch.int64: "i64"}
+    names = {torch.float8_e4m3fn: "fp8e4nv", torch.float32: "fp32", torch.bfloat16: "bf16", torch.int32: "i32",
+             torch.int64: "i64"}
     for place, name in enumerate(kernel.arg_names):
         value = given[place] if place < len(given) else named[name]
         if name in named or (type(value) is int and value == 1):
@@ -117,14 +123,14 @@ def main() -> None:
             with caught() as made:
                 launch()
             for kernel, given, named in made:
-                for target in options.targets:
+                targets = [target for target in options.targets if name != FP8 or target >= FP8_FROM]
+                for target in targets:
                     rows.append({"what": name, "kernel": kernel.__name__, "dtype": dtype_name, "target": target,
                                  **compiled(target, kernel, given, named)})
-                mine = rows[-len(options.targets):]
                 print(f"{name:24s}{kernel.__name__:16s}{dtype_name}: " + ", ".join(
                     f"sm_{row['target']} {row['shared'] / 1024:.0f} KB, {row['registers']} registers, {row['spilled']} spilled"
-                    for row in mine))
-    print("compiled for " + ", ".join(f"sm_{target} ({TARGETS[target][0]})" for target in options.targets) + "; nothing was run")
+                    for row in rows[len(rows) - len(targets):]))
+    print("compiled for", ", ".join(f"sm_{target} ({TARGETS[target][0]})" for target in options.targets), "and not run")
     if options.json:
         options.json.write_text(json.dumps(rows))
     if options.record:

@@ -16,6 +16,7 @@ BLOCK_ROWS, BLOCK_I = 8, 512  # rows of a weight that a program makes, and colum
 
 def kernel(
     x_TD: torch.Tensor, gate_and_up_EFD: torch.Tensor, down_EDF: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor,
+    scales: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """As ``few_tokens.few_tokens``; the last axis of x and of the weights has stride 1."""
     (tokens, top_k), (_, width, inner) = expert_TK.shape, down_EDF.shape
@@ -23,36 +24,49 @@ def kernel(
     expert_TK, weight_TK = expert_TK.contiguous(), weight_TK.contiguous()
     if not tokens:
         return y_TD
+    first, second = scales or (weight_TK, weight_TK)  # which are not read then
     with torch.cuda.device_of(x_TD):
         _up_and_gate[(tokens * top_k, triton.cdiv(inner, BLOCK_ROWS))](
-            x_TD, gate_and_up_EFD, expert_TK, h_PF, width, inner, x_TD.stride(0), gate_and_up_EFD.stride(0),
-            gate_and_up_EFD.stride(1), TOP_K=top_k, BLOCK_ROWS=BLOCK_ROWS, BLOCK_I=BLOCK_I)
+            x_TD, gate_and_up_EFD, first, expert_TK, h_PF, width, inner, x_TD.stride(0), gate_and_up_EFD.stride(0),
+            gate_and_up_EFD.stride(1), first.stride(0), SCALED=scales is not None, TOP_K=top_k, BLOCK_ROWS=BLOCK_ROWS,
+            BLOCK_I=BLOCK_I)
         _down[(tokens, triton.cdiv(width, BLOCK_ROWS))](
-            h_PF, down_EDF, expert_TK, weight_TK, y_TD, width, inner, down_EDF.stride(0), down_EDF.stride(1), TOP_K=top_k,
-            BLOCK_ROWS=BLOCK_ROWS, BLOCK_I=BLOCK_I)
+            h_PF, down_EDF, second, expert_TK, weight_TK, y_TD, width, inner, down_EDF.stride(0), down_EDF.stride(1),
+            second.stride(0), SCALED=scales is not None, TOP_K=top_k, BLOCK_ROWS=BLOCK_ROWS, BLOCK_I=BLOCK_I)
     return y_TD
 
 
 def works(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a small case compiles, runs and comes out right here."""
-    x = torch.ones(1, 16, device=device, dtype=dtype)
-    # Of expert 1: up 16, gate 32, which is large enough to be its own SiLU; the others' would be 0.
-    first = torch.tensor([0.0] * 8 + [0.0] * 8 + [1.0] * 8 + [2.0] * 8, device=device, dtype=dtype)
-    second = torch.tensor([0.0, 1.0], device=device, dtype=dtype)
-    y = attempt(kernel, x, first.view(2, 16, 1).repeat(1, 1, 16), second.view(2, 1, 1).repeat(1, 16, 8),
-                torch.tensor([[1, 0]], device=device), torch.tensor([[0.5, 0.5]], device=device))
-    return y is not None and bool((y == 0.5 * 8 * 16 * 32).all())
+    return _tried(device, dtype, dtype, None)
+
+
+def works_in_fp8(device: torch.device, dtype: torch.dtype) -> bool:
+    """The same with weights in e4m3."""
+    scales = torch.full((2, 16, 1), 0.5, device=device), torch.full((2, 16, 1), 4.0, device=device)
+    return _tried(device, dtype, torch.float8_e4m3fn, scales)
+
+
+def _tried(device: torch.device, dtype: torch.dtype, kind: torch.dtype, scales) -> bool:
+    # Of expert 1: up 16, gate 32 (8 and 16 with the scales), which is large enough to be its own SiLU; the other's would be 0.
+    first = torch.tensor([0.0] * 8 + [0.0] * 8 + [1.0] * 8 + [2.0] * 8, device=device).view(2, 16, 1).repeat(1, 1, 16)
+    second = torch.tensor([0.0, 1.0], device=device).view(2, 1, 1).repeat(1, 16, 8)
+    y = attempt(kernel, torch.ones(1, 16, device=device, dtype=dtype), first.to(kind), second.to(kind),
+                torch.tensor([[1, 0]], device=device), torch.tensor([[0.5, 0.5]], device=device), scales)
+    # Four times the products of the halved ones, so the same.
+    return y is not None and bool(((y.float() / 2048 - 1).abs() < 0.01).all())
 
 
 @triton.jit
 def _up_and_gate(
-    x, weight, experts, h, width, inner, x_row, weight_expert, weight_row,
-    TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+    x, weight, scales, experts, h, width, inner, x_row, weight_expert, weight_row, scale_expert,
+    SCALED: tl.constexpr, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     rows = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     wanted = rows < inner
-    weight += tl.load(experts + pair).to(tl.int64) * weight_expert
+    expert = tl.load(experts + pair).to(tl.int64)
+    weight += expert * weight_expert
     up, gate = tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32)
     for begin in range(0, width, BLOCK_I):
         columns = begin + tl.arange(0, BLOCK_I)
@@ -62,13 +76,16 @@ def _up_and_gate(
         at = weight + rows[:, None] * weight_row + columns[None]
         up += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * x_I[None], 1)
         gate += tl.sum(tl.load(at + inner * weight_row, mask=mask, other=0.0).to(tl.float32) * x_I[None], 1)
+    if SCALED:
+        up *= tl.load(scales + expert * scale_expert + rows, mask=wanted, other=0.0)
+        gate *= tl.load(scales + expert * scale_expert + inner + rows, mask=wanted, other=0.0)
     tl.store(h + pair * inner + rows, (up * gate * tl.sigmoid(gate)).to(h.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
 def _down(
-    h, weight, experts, shares, y, width, inner, weight_expert, weight_row,
-    TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+    h, weight, scales, experts, shares, y, width, inner, weight_expert, weight_row, scale_expert,
+    SCALED: tl.constexpr, TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     rows = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
@@ -76,7 +93,8 @@ def _down(
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     for choice in range(TOP_K):
         pair = token * TOP_K + choice
-        mine = weight + tl.load(experts + pair).to(tl.int64) * weight_expert
+        expert = tl.load(experts + pair).to(tl.int64)
+        mine = weight + expert * weight_expert
         y_R = tl.zeros((BLOCK_ROWS,), tl.float32)
         for begin in range(0, inner, BLOCK_I):
             columns = begin + tl.arange(0, BLOCK_I)
@@ -84,5 +102,7 @@ def _down(
             h_I = tl.load(h + pair * inner + columns, mask=inside, other=0.0).to(tl.float32)
             at = mine + rows[:, None] * weight_row + columns[None]
             y_R += tl.sum(tl.load(at, mask=wanted[:, None] & inside[None], other=0.0).to(tl.float32) * h_I[None], 1)
+        if SCALED:
+            y_R *= tl.load(scales + expert * scale_expert + rows, mask=wanted, other=0.0)
         total += tl.load(shares + pair).to(tl.float32) * y_R
     tl.store(y + token * width + rows, total.to(y.dtype.element_ty), mask=wanted)

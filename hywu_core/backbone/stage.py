@@ -23,7 +23,7 @@ class Stage:
 
     ``present`` is entered around each layer, with its index in the stage and how many tokens it will run on: whoever placed the
     weights elsewhere brings them there (``placement/streaming.py``). ``rest`` gives back what that takes until the next layer.
-    ``resident``: all weights lie where they compute, so that a single token may be one CUDA graph.
+    ``resident``: nothing has to be brought to the device, so that a single token may be one CUDA graph.
     """
 
     def __init__(self, layers: Sequence[DecoderLayer], first: int):
@@ -33,6 +33,10 @@ class Stage:
         self.rest: Callable[[], None] = lambda: None
         self.resident = True
         self._graphs = TokenGraphs(self.layers)
+
+    def forget_graphs(self) -> None:
+        """Memory that graphs of single tokens may use is given back."""
+        self._graphs.clear()
 
     @property
     def device(self) -> torch.device:
@@ -65,7 +69,7 @@ class Stage:
         positions_L = None if positions_L is None else positions_L.to(device)
         tokens, queued = hidden_BLD.shape[0] * hidden_BLD.shape[1], deque()
         if tokens == 1 and self.resident and mask is None and cache is not None:
-            after_BLD = self._graphs.run(hidden_BLD, rope, cache, positions_L)
+            after_BLD = self._graphs.run(hidden_BLD, rope, cache, positions_L, self.present)
             if after_BLD is not None:
                 for index in range(len(self.layers)):
                     on_layer(self.first + index)

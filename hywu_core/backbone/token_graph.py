@@ -7,6 +7,7 @@ without a LoRA; with one, layers run as they always do.
 
 import logging
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,6 +20,7 @@ from .mask import UpToSlot
 
 log = logging.getLogger("hywu")
 Work = Callable[[], torch.Tensor]
+Present = Callable[[int, int], AbstractContextManager]
 # What a replay may differ from the same step without a graph, as a part of its norm: libraries may choose other kernels.
 TOLERANCE = 0.02
 
@@ -34,9 +36,13 @@ class TokenGraphs:
         self.broken = False
 
     def run(
-        self, hidden_BLD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: KVCache, positions_L: torch.Tensor
+        self, hidden_BLD: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], cache: KVCache, positions_L: torch.Tensor,
+        present: Present,
     ) -> torch.Tensor | None:
-        """One token (1, 1, D) through all layers, its keys and values written to the cache; None if no graph can do that."""
+        """One token (1, 1, D) through all layers, its keys and values written to the cache; None if no graph can do that.
+
+        present: entered around each layer, as in ``Stage``; what it does on the device becomes a part of the graph.
+        """
         if self.broken or not possible(hidden_BLD.device, hidden_BLD.dtype) or torch.is_grad_enabled():
             return None
         addresses = self._addresses()
@@ -45,7 +51,7 @@ class TokenGraphs:
         graph = self._graphs.get(cache)
         if graph is None or not graph.holds(cache, addresses):
             self._graphs.pop(cache, None)
-            graph = _Graph(self._layers, cache, addresses, hidden_BLD, rope, positions_L)
+            graph = _Graph(self._layers, present, cache, addresses, hidden_BLD, rope, positions_L)
             first_BLD, why = graph.capture([router.counts_E for router in self._routers if router.counts_E is not None])
             if why is None:
                 self._graphs[cache] = graph
@@ -55,11 +61,15 @@ class TokenGraphs:
             return first_BLD
         return graph.replayed(hidden_BLD, rope, positions_L)
 
+    def clear(self) -> None:
+        """Forget all graphs: memory that they use is given back."""
+        self._graphs.clear()
+
     def _addresses(self) -> list[int] | None:
         """Where everything lies that a graph would read or count in; None while a LoRA is attached."""
         found = []
         for module in self._modules:
-            if isinstance(module, Adapted) and module.adapters:
+            if isinstance(module, Adapted) and module.attached():
                 return None
             found += [parameter.data_ptr() for parameter in module._parameters.values() if parameter is not None]
         return found + [0 if router.counts_E is None else router.counts_E.data_ptr() for router in self._routers]
@@ -68,8 +78,8 @@ class TokenGraphs:
 class _Graph:
     """The buffers of one graph, and the graph."""
 
-    def __init__(self, layers, cache, addresses, hidden_BLD, rope, positions_L):
-        self._layers, self._cache, self._addresses = layers, cache.whole(), addresses
+    def __init__(self, layers, present, cache, addresses, hidden_BLD, rope, positions_L):
+        self._layers, self._present, self._cache, self._addresses = layers, present, cache.whole(), addresses
         with torch.inference_mode(False):  # or they could not be filled outside of it
             self._given = [torch.empty_like(each) for each in (hidden_BLD, *rope, positions_L)]
         self._fill(hidden_BLD, rope, positions_L)
@@ -111,7 +121,8 @@ class _Graph:
     def _work(self) -> torch.Tensor:
         hidden_BLD, cos_LQ, sin_LQ, positions_L = self._given
         for index, layer in enumerate(self._layers):
-            hidden_BLD = layer(hidden_BLD, (cos_LQ, sin_LQ), UpToSlot(positions_L), self._cache, index, positions_L)
+            with self._present(index, 1):
+                hidden_BLD = layer(hidden_BLD, (cos_LQ, sin_LQ), UpToSlot(positions_L), self._cache, index, positions_L)
         return hidden_BLD
 
 

@@ -5,15 +5,17 @@ one compute buffer where it is packed, and the layer's modules get their weights
 For a few tokens only the dense part comes, and the routed experts that the router chose.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 from ...kernels import experts as fused
+from ...kernels.few_tokens import few_tokens
 from ..backbone.adapted import Experts
 from ..backbone.layer import DecoderLayer, MixtureOfExperts
 from ..backbone.stage import Stage
+from ..checkpoint.formats import Float8
 from .ring import DENSE, WHOLE, Ring
 from .slab import SlabLayout, Views, adapted_modules, unpack, unpack_weight
 from .stored import InMemory, Stored
@@ -50,8 +52,8 @@ class Streaming:
 
     @property
     def resident(self) -> bool:
-        """``Stage.resident``: no layer has to be brought anywhere."""
-        return not self._layers
+        """``Stage.resident``: no layer has to be brought to the device."""
+        return not self._ringed
 
     def rest(self) -> None:
         """``Stage.rest``: no tokens will come for a while, others may have the memory."""
@@ -59,6 +61,8 @@ class Streaming:
         self._ring = self._compute = None
         if ring is not None:
             ring.close()
+        if held:
+            self._stage.forget_graphs()
         if held and self._stage.device.type == "cuda":
             # Buffers of gigabytes: left in torch's cache, small tensors would split them and the next ring find no room.
             torch.cuda.empty_cache()
@@ -112,9 +116,12 @@ class Streaming:
         return views
 
     def _few_experts(self, path: str, module: Experts, streamed: Streamed) -> Callable[..., torch.Tensor]:
-        if self._experts_on_host and isinstance(streamed.stored, InMemory) and not streamed.stored.layout.packed:
-            return lambda *given: _on_host(module, streamed.stored.views[path], *given)
-        return lambda *given: _chosen(path, module, streamed, *given)
+        stored = streamed.stored
+        if self._experts_on_host and isinstance(stored, InMemory) and not stored.layout.packed:
+            return lambda *given: _on_host(module, stored.views[path], *given)
+        if not self._is_here(stored):
+            return lambda *given: _chosen(path, module, streamed, *given)
+        return lambda *given: _chosen_here(path, module, streamed, *given)
 
 
 def _chosen(
@@ -124,10 +131,45 @@ def _chosen(
     numbers, place_TK = torch.unique(expert_TK, return_inverse=True)
     numbers = numbers.tolist()
     stored = streamed.stored.experts(path, numbers, x_TD.device)
+    return _unpacked(path, module, streamed, stored, x_TD, place_TK, weight_TK)
+
+
+def _chosen_here(
+    path: str, module: Experts, streamed: Streamed, x_TD: torch.Tensor, expert_TK: torch.Tensor, weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    """The experts' work where they lie on the device, packed; which they are is known there alone."""
+    views, codecs = streamed.stored.views[path], streamed.stored.layout.codecs
+    first, second = "gate_and_up_proj", "down_proj"
+    if codecs.get((path, first)) == codecs.get((path, second)) == Float8():
+        scales = views[f"{first}.weight_scale"], views[f"{second}.weight_scale"]
+        y_TD = few_tokens(x_TD, views[f"{first}.weight"], views[f"{second}.weight"], expert_TK, weight_TK, scales)
+        if y_TD is not None:
+            return y_TD
+    if len(x_TD) > 1:
+        return _chosen(path, module, streamed, x_TD, expert_TK, weight_TK)
+    # A token's experts are all different, so each gets a place of its own.
+    stored = {name: _rows(stack, expert_TK[0]) for name, stack in views.items()}
+    place_TK = torch.arange(expert_TK.shape[1], device=x_TD.device)[None]
+    return _unpacked(path, module, streamed, stored, x_TD, place_TK, weight_TK)
+
+
+def _rows(stack: torch.Tensor, number_N: torch.Tensor) -> torch.Tensor:
+    """``stack[number_N]``, of types too that torch moves only as bytes."""
+    if stack.itemsize > 1:
+        return stack.index_select(0, number_N)
+    return stack.view(torch.uint8).index_select(0, number_N).view(stack.dtype)
+
+
+def _unpacked(
+    path: str, module: Experts, streamed: Streamed, stored: Mapping[str, torch.Tensor], x_TD: torch.Tensor,
+    place_TK: torch.Tensor, weight_TK: torch.Tensor,
+) -> torch.Tensor:
+    """The work of the experts whose ``stored`` tensors these are; ``place_TK`` says where each choice is among them."""
     weights = {}
     for name in module.ROOMS:
         weight = getattr(module, name)
-        weights[name] = torch.empty((len(numbers), *weight.shape[1:]), dtype=weight.dtype, device=x_TD.device)
+        count = len(stored[name] if name in stored else stored[f"{name}.weight"])
+        weights[name] = torch.empty((count, *weight.shape[1:]), dtype=weight.dtype, device=x_TD.device)
         unpack_weight(streamed.stored.layout, stored, path, name, weights[name])
     return fused.expert_mlp(x_TD, weights["gate_and_up_proj"], weights["down_proj"], place_TK, weight_TK)
 

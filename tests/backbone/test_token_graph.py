@@ -1,8 +1,4 @@
-"""One token as a graph: replayed at fixed addresses, given up when these change, and without a graph where there is none.
-
-CUDA graphs need a GPU. Here a stand-in records the operators of a step with the very tensors that they got and replays them
-into the very tensors that they made, which is what a graph does: whatever Python decides by a token's number would be seen.
-"""
+"""One token as a graph: replayed at fixed addresses, given up when these change, and without a graph where there is none."""
 
 import logging
 from contextlib import nullcontext
@@ -14,54 +10,10 @@ from comfyui_hywu.hywu_core.backbone.mask import attention_mask
 from comfyui_hywu.hywu_core.backbone.rope import positions, table
 from comfyui_hywu.hywu_core.lora.routing import recording
 from comfyui_hywu.kernels.reference import Adapter
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from .recorder import captures  # noqa: F401
 
 LENGTH, PROMPT = 12, 5
-CUDA = torch.cuda.is_available()
-
-
-class Recorder(TorchDispatchMode):
-    """Every operator of a block, to be run again on the same memory."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
-        if function is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        keywords = keywords or {}
-        made = function(*arguments, **keywords)
-        self.steps.append((function, arguments, keywords, made))
-        return made
-
-    @torch.inference_mode()  # a graph writes to memory, whatever mode it was made in
-    def replay(self):
-        for function, arguments, keywords, made in self.steps:
-            given = {each.untyped_storage().data_ptr() for each in tree_leaves((arguments, keywords))
-                     if isinstance(each, torch.Tensor)}
-            for place, value in zip(tree_leaves(made), tree_leaves(function(*arguments, **keywords)), strict=True):
-                # Views and what is done in place are there already.
-                if isinstance(place, torch.Tensor) and place.untyped_storage().data_ptr() not in given:
-                    place.copy_(value)
-
-
-@pytest.fixture
-def captures(monkeypatch):
-    """Graphs on a CPU; the list gets an entry a capture."""
-    made = []
-
-    def recorded(work, device):
-        made.append(device)
-        with Recorder() as recorder:
-            result = work()
-        return result, recorder.replay
-
-    if not CUDA:
-        monkeypatch.setattr(token_graph, "possible", lambda device, dtype: True)
-        monkeypatch.setattr(token_graph, "recorded", recorded)
-    return made
 
 
 @pytest.fixture
@@ -89,7 +41,7 @@ def thought(backbone, capacity=LENGTH, between=lambda index: None, mode=lambda i
 
 
 @torch.no_grad()
-def test_tokens_of_one_graph_equal_the_full_pass(backbone, captures):
+def test_tokens_of_one_graph_equal_the_full_pass(backbone, captures):  # noqa: F811
     seen = []
     got, full = thought(backbone)
     torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
@@ -101,7 +53,7 @@ def test_tokens_of_one_graph_equal_the_full_pass(backbone, captures):
 
 
 @torch.no_grad()
-def test_a_result_is_not_overwritten_by_the_next_token(backbone, captures):
+def test_a_result_is_not_overwritten_by_the_next_token(backbone, captures):  # noqa: F811
     rope = table(positions(1, []), backbone.config.attention_head_dim, backbone.config.rope_theta)
     caches, noise = backbone.new_cache(1, 8), torch.Generator().manual_seed(0)
     tokens = [torch.randn(1, 1, backbone.config.hidden_size, generator=noise) for _ in range(4)]
@@ -112,14 +64,14 @@ def test_a_result_is_not_overwritten_by_the_next_token(backbone, captures):
 
 
 @torch.no_grad()
-def test_a_cache_that_grows_gets_a_new_graph(backbone, captures):
+def test_a_cache_that_grows_gets_a_new_graph(backbone, captures):  # noqa: F811
     got, full = thought(backbone, capacity=PROMPT + 2)
     torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
     assert len(captures) == 2
 
 
 @torch.no_grad()
-def test_weights_that_move_get_a_new_graph(backbone, captures):
+def test_weights_that_move_get_a_new_graph(backbone, captures):  # noqa: F811
     projection = backbone.model.layers[1].self_attn.o_proj
     before = projection.weight
 
@@ -140,7 +92,7 @@ def test_weights_that_move_get_a_new_graph(backbone, captures):
 
 
 @torch.no_grad()
-def test_tokens_under_a_lora_and_of_stages_that_stream_are_no_graph(backbone, captures):
+def test_tokens_under_a_lora_and_of_stages_that_stream_are_no_graph(backbone, captures):  # noqa: F811
     projection = backbone.model.layers[1].self_attn.o_proj
     projection.attach("", Adapter(torch.randn(3, projection.weight.shape[1]), torch.randn(projection.weight.shape[0], 3), None))
     try:
@@ -155,14 +107,14 @@ def test_tokens_under_a_lora_and_of_stages_that_stream_are_no_graph(backbone, ca
 
 
 @torch.no_grad()
-def test_experts_are_counted_in_replays(backbone, captures):
+def test_experts_are_counted_in_replays(backbone, captures):  # noqa: F811
     with recording(backbone) as routing:
         thought(backbone)
     assert captures and routing.counts().sum(-1).tolist() == [2 * LENGTH * backbone.config.moe_topk[0]] * 2
 
 
 @torch.no_grad()
-def test_autograd_has_no_graph(backbone, captures):
+def test_autograd_has_no_graph(backbone, captures):  # noqa: F811
     with torch.enable_grad():
         got, full = thought(backbone)
     torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
@@ -171,14 +123,14 @@ def test_autograd_has_no_graph(backbone, captures):
 
 @pytest.mark.parametrize("first", (0, 1))
 @torch.no_grad()
-def test_inference_mode_may_change_between_tokens(backbone, captures, first):
+def test_inference_mode_may_change_between_tokens(backbone, captures, first):  # noqa: F811
     got, full = thought(backbone, mode=lambda index: torch.inference_mode((index + first) % 2 == 0))
     torch.testing.assert_close(got, full, rtol=1e-5, atol=1e-5)
     assert len(captures) == 1
 
 
 @torch.no_grad()
-def test_what_waits_for_the_device_is_no_graph_and_says_so_once(backbone, captures, monkeypatch, caplog):
+def test_what_waits_for_the_device_is_no_graph_and_says_so_once(backbone, captures, monkeypatch, caplog):  # noqa: F811
     layer = backbone.model.layers[0]
     forward = layer.mlp.gate.forward
 
@@ -197,7 +149,7 @@ def test_what_waits_for_the_device_is_no_graph_and_says_so_once(backbone, captur
 
 
 @torch.no_grad()
-def test_a_graph_with_another_result_is_not_used(backbone, captures, monkeypatch, caplog):
+def test_a_graph_with_another_result_is_not_used(backbone, captures, monkeypatch, caplog):  # noqa: F811
     monkeypatch.setattr(token_graph, "recorded", lambda work, device: (work() * 1.1, lambda: None))
     with caplog.at_level(logging.WARNING, "hywu"):
         got, full = thought(backbone)
@@ -206,7 +158,7 @@ def test_a_graph_with_another_result_is_not_used(backbone, captures, monkeypatch
 
 
 @torch.no_grad()
-def test_out_of_memory_is_not_taken_for_a_graph_that_cannot_be(backbone, captures, monkeypatch):
+def test_out_of_memory_is_not_taken_for_a_graph_that_cannot_be(backbone, captures, monkeypatch):  # noqa: F811
     def full(work, device):
         raise torch.OutOfMemoryError("none left")
 

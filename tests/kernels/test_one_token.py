@@ -5,6 +5,7 @@ Triton's kernels run in its interpreter where there is no GPU; bf16 is left out 
 
 import pytest
 import torch
+from comfyui_hywu.hywu_core.checkpoint.formats import Float8
 from comfyui_hywu.kernels import experts, few_tokens, reference, token_attention
 from comfyui_hywu.kernels.padding import with_room
 
@@ -66,6 +67,19 @@ def test_half_precision_is_summed_in_fp32(dtype):
 
 
 @NEEDS_TRITON
+@pytest.mark.parametrize("width, inner", ((48, 32), (600, 80)))
+def test_fp8_experts_are_read_as_they_are(poison, width, inner):  # noqa: F811
+    codec, weights, packed = Float8(), weights_of(5, width, inner), []
+    for weight in weights:
+        packed.append(codec.pack(weight * torch.logspace(-3, 0, weight.shape[1], device=DEVICE)[:, None]))
+    plain = [codec.unpack(each, torch.empty_like(weight)) for each, weight in zip(packed, weights, strict=True)]
+    x, expert, weight = random(2, width, seed=3), torch.tensor([[4, 1], [1, 2]], device=DEVICE), random(2, 2, seed=4).abs()
+    got = few_tokens_triton.kernel(
+        x, *(each["weight"] for each in packed), expert, weight, tuple(each["weight_scale"] for each in packed))
+    close(got, reference.expert_mlp(x.double(), *(each.double() for each in plain), expert, weight.double()))
+
+
+@NEEDS_TRITON
 def test_a_single_token_takes_the_kernel_where_there_is_one_and_has_no_lora(monkeypatch):
     calls = []
     kernel = few_tokens_triton.kernel
@@ -122,5 +136,6 @@ def test_half_precision_attention():
 @NEEDS_TRITON
 def test_they_try_themselves_out():
     device = torch.device(DEVICE)
+    assert few_tokens_triton.works_in_fp8(device, torch.float32)
     assert few_tokens_triton.works(device, torch.float32) and token_attention_triton.works(device, torch.float32)
     assert few_tokens_triton.works(device, torch.bfloat16)

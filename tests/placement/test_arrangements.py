@@ -18,7 +18,9 @@ from comfyui_hywu.hywu_core.lora.attach import attached
 from comfyui_hywu.hywu_core.placement import build as build_module
 from comfyui_hywu.hywu_core.placement.build import Placed
 from comfyui_hywu.hywu_core.placement.stored import InMemory
+from comfyui_hywu.kernels import few_tokens, reference
 
+from ..backbone.recorder import captures  # noqa: F401
 from ..lora.test_attach import random_lora
 from ..tiny import write_backbone
 from .plans import plan, stage, through_the_ring
@@ -102,6 +104,48 @@ def test_of_the_routed_experts_only_the_chosen_ones_travel_for_a_single_token(fo
     placed.run(torch.randn(1, 1, config.hidden_size), (cos, sin), None, placed.new_cache(1, 1))
     assert len(moved) >= LAYERS and all(nbytes == stored.layout.dense_nbytes < stored.layout.nbytes for stored, nbytes in moved)
     assert [len(chosen) for chosen in numbers] == [config.moe_topk[0]] * LAYERS and config.moe_topk[0] < config.num_experts
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["bf16", "fp8", "int8", "int4"])
+def test_single_tokens_of_packed_layers_on_the_device_are_one_graph(folder, form, captures):  # noqa: F811
+    plain = load(folder, form=form)
+    plain.stages[0].resident = False
+    expected, graphs = run(plain, rows=1), load(folder, form=form)
+    for _ in range(2):
+        torch.testing.assert_close(run(graphs, rows=1), expected, rtol=1e-5, atol=1e-6)
+    assert len(captures) == 2  # one a cache
+    streamed = load(folder, stage(0, LAYERS, (1,), "disk"))
+    run(streamed, rows=1)
+    assert len(captures) == 2
+
+
+@torch.no_grad()
+def test_a_graph_is_forgotten_when_the_memory_that_it_uses_is_given_back(folder, captures):  # noqa: F811
+    placed, config = load(folder, form="fp8"), BackboneConfig.from_folder(folder)
+    rope, caches = table(positions(1, []), config.attention_head_dim, config.rope_theta), placed.new_cache(1, 4)
+    token = torch.randn(1, 1, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    for count, rests in ((1, False), (1, True), (2, False), (2, False)):
+        placed.run(token, rope, None, caches, torch.tensor([0]))
+        assert len(captures) == count
+        if rests:
+            placed.stages[0].rest()
+
+
+@torch.no_grad()
+def test_fp8_experts_of_a_token_are_read_where_they_lie(folder, monkeypatch):
+    expected, seen = run(load(folder, form="fp8"), rows=1), []
+
+    def kernel(x_TD, gate_and_up, down, expert_TK, weight_TK, scales):
+        seen.append(len(x_TD))
+        assert gate_and_up.dtype == down.dtype == torch.float8_e4m3fn
+        return reference.expert_mlp(
+            x_TD, gate_and_up.float() * scales[0], down.float() * scales[1], expert_TK, weight_TK)
+
+    monkeypatch.setattr(few_tokens, "chosen", lambda device, dtype: kernel)
+    monkeypatch.setattr(few_tokens, "reads_fp8", lambda device, dtype: True)
+    torch.testing.assert_close(run(load(folder, form="fp8"), rows=1), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [1] * 3 * LAYERS
 
 
 @pytest.mark.parametrize("form", ["fp8", "bf16"])
