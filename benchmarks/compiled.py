@@ -20,8 +20,9 @@ import torch
 from ..hywu_core.config import BackboneConfig
 from ..hywu_core.json_fields import read_json
 from ..kernels.reference import Adapter
+from .edit import ROOT
 from .load import CONFIG
-from .record import record
+from .record import between, record
 
 # Compute capability: whose it is, and KB of shared memory that a program may have there (CUDA programming guide).
 TARGETS = {80: ("A100", 163), 86: ("RTX 30", 99), 89: ("RTX 40", 99), 90: ("H100, H200", 227), 100: ("B200", 227),
@@ -110,6 +111,19 @@ def compiled(target: int, kernel, given: tuple, named: dict) -> dict:
             "tensor_cores": bool(re.search(r"mma\.sync|wgmma|tcgen05\.mma", binary.asm["ptx"]))}
 
 
+def table(rows: list[dict]) -> str:
+    """What docs/kernels.md shows of it."""
+    found = {}
+    for row in rows:
+        if row["dtype"] == "bf16":
+            found.setdefault((row["what"], row["kernel"]), {})[row["target"]] = (
+                f"{row['shared'] / 1024:.0f} KB, {row['registers']}, {row['spilled']}")
+    lines = ["| kernel | " + " | ".join(f"{name} (sm_{target})" for target, (name, _) in TARGETS.items()) + " |",
+             "| --- |" + " --- |" * len(TARGETS)]
+    return "\n".join(lines + [f"| {what}: `{kernel}` | " + " | ".join(cells.get(target, "–") for target in TARGETS) + " |"
+                              for (what, kernel), cells in found.items()])
+
+
 def main() -> None:
     """Compile, print, and record if asked to; exits with 1 if a kernel takes more shared memory than a GPU has."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -135,6 +149,8 @@ def main() -> None:
         options.json.write_text(json.dumps(rows))
     if options.record:
         record("compiled", {"targets": TARGETS, "run": "not measured", "kernels": rows})
+        page = ROOT / "docs" / "kernels.md"
+        page.write_text(between(page.read_text(encoding="utf-8"), "compiled", table(rows)), encoding="utf-8")
     if any(row["shared"] > TARGETS[row["target"]][1] * 1024 for row in rows):
         raise SystemExit(1)
 

@@ -180,7 +180,9 @@ def test_the_panel_by_keys(page):
 
 
 def test_the_panel_in_the_light_theme_and_in_chinese(page):
-    inspected(page)
+    # Another language opens the workflow anew and puts back what nodes had sent, but not what came before the server answered
+    # the request, as the results of a run do that is cached as a whole. This run is not.
+    inspected(page, "make it darker and warm")
     ground = "() => getComputedStyle(document.querySelector('.hywu-inspect')).backgroundColor"
     dark = page.evaluate(ground)
     page.evaluate("() => window.app.extensionManager.setting.set('Comfy.ColorPalette', 'light')")
