@@ -5,6 +5,7 @@ what changes from token to token lies in buffers of its own, and it goes when a 
 without a LoRA; with one, layers run as they always do.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
@@ -140,6 +141,12 @@ def recorded(work: Work, device: torch.device) -> tuple[torch.Tensor, Callable[[
     graph = torch.cuda.CUDAGraph()
     # torch's own stream for captures belongs to the device that was the first to capture. Other threads may go on meanwhile.
     with torch.cuda.device(device), torch.cuda.graph(
-            graph, stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
+            graph, pool=_pool(device), stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         result = work()
     return result, graph.replay
+
+
+@functools.cache
+def _pool(device: torch.device) -> tuple[int, int]:
+    """The memory of all graphs of a device: they are replayed one after the other, and what they leave is copied at once."""
+    return torch.cuda.graph_pool_handle()
