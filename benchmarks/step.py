@@ -27,6 +27,7 @@ from ..hywu_core.backbone.mask import CanvasSight, attention_mask
 from ..hywu_core.backbone.model import Backbone
 from ..hywu_core.backbone.pictures import posterior_noise
 from ..hywu_core.backbone.rope import positions, table
+from ..hywu_core.backbone.token_graph import WAITED
 from ..hywu_core.condition import encode, encode_pictures, fit_pictures
 from ..hywu_core.config import BackboneConfig
 from ..hywu_core.edit import decode
@@ -185,7 +186,7 @@ def launches(run: Callable, device: torch.device) -> tuple[int, int | str]:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(0)
-    return kernels, sum("synchroniz" in str(each.message) for each in caught)
+    return kernels, sum(WAITED in str(each.message) for each in caught)
 
 
 @torch.no_grad()

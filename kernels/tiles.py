@@ -1,6 +1,7 @@
 """What the Triton kernels that walk over pairs sorted by expert share: whose rows a tile holds, and trying a kernel out."""
 
 from collections.abc import Callable
+from subprocess import SubprocessError
 
 import torch
 import triton
@@ -9,12 +10,13 @@ from triton.errors import TritonError
 
 
 def attempt(kernel: Callable[..., torch.Tensor], *arguments) -> torch.Tensor | None:
-    """What a small case gives, None if it cannot be compiled or launched: for want of a C compiler, of shared memory, ..."""
+    """What a small case gives, None if it cannot be compiled or launched: for want of a C compiler or its headers, of a place
+    to keep what was compiled, of libcuda (an AssertionError), of shared memory, ..."""
     try:
         return kernel(*arguments)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TritonError):
+    except (RuntimeError, TritonError, OSError, SubprocessError, AssertionError):
         return None
 
 

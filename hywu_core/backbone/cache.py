@@ -24,8 +24,10 @@ class KVCache:
         """Make ``length`` slots usable; what was written stays."""
         if length > self._keys[0].shape[2]:
             capacity = max(length, 2 * self._keys[0].shape[2])
-            self._keys = [self._grown(tensor, capacity) for tensor in self._keys]
-            self._values = [self._grown(tensor, capacity) for tensor in self._values]
+            # In place: the old buffers go one by one, also for a graph's view of all of it (``whole``).
+            for tensors in (self._keys, self._values):
+                for layer, tensor in enumerate(tensors):
+                    tensors[layer] = self._grown(tensor, capacity)
         self.length = max(self.length, length)
 
     def _grown(self, tensor: torch.Tensor, capacity: int) -> torch.Tensor:
@@ -54,14 +56,14 @@ class KVCache:
         return one
 
     def whole(self) -> "KVCache":
-        """All slots as if they were in use, in the same memory; until this one grows."""
+        """All slots as if they were in use, in the same memory; when this one grows, it has to be made anew."""
         whole = copy(self)
         whole.length = self._keys[0].shape[2]
         return whole
 
     def shares(self, other: "KVCache") -> bool:
-        """Whether ``other`` was made of this one (``whole``) and neither has grown since."""
-        return self._keys is other._keys and self._values is other._values
+        """Whether ``other`` is all of this one (``whole``), which has not grown since."""
+        return self._keys is other._keys and self._keys[0].shape[2] == other.length
 
     def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of a layer's slots in use."""

@@ -7,6 +7,7 @@ without a LoRA; with one, layers run as they always do.
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from weakref import WeakKeyDictionary
@@ -24,6 +25,7 @@ Work = Callable[[], torch.Tensor]
 Present = Callable[[int, int], AbstractContextManager]
 # What a replay may differ from the same step without a graph, as a part of its norm: libraries may choose other kernels.
 TOLERANCE = 0.02
+WAITED = "called a synchronizing CUDA operation"  # torch's warning
 
 
 class TokenGraphs:
@@ -101,9 +103,7 @@ class _Graph:
             self._result_BLD, self._replay = recorded(self._work, first_BLD.device)
             self._replay()
             apart = float((self._result_BLD - first_BLD).float().norm() / first_BLD.float().norm().clamp_min(1e-12))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except RuntimeError as error:  # a graph that does not fit into memory among them
             return first_BLD, str(error).partition("\n")[0]
         finally:
             for counts_E, once_E in zip(counts, before, strict=True):
@@ -136,17 +136,42 @@ def possible(device: torch.device, dtype: torch.dtype) -> bool:
 def recorded(work: Work, device: torch.device) -> tuple[torch.Tensor, Callable[[], None]]:
     """The tensor that ``work`` returns, and what does the work again into that same tensor.
 
-    Raises RuntimeError where something in it waits for the device.
+    Raises RuntimeError where something in it waits for the device: before a capture begins, since one that fails leaves torch's
+    allocator in a state that others would suffer from.
     """
+    pool, stream = _lane(device)
     graph = torch.cuda.CUDAGraph()
-    # torch's own stream for captures belongs to the device that was the first to capture. Other threads may go on meanwhile.
-    with torch.cuda.device(device), torch.cuda.graph(
-            graph, pool=_pool(device), stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
-        result = work()
+    with torch.cuda.device(device):
+        _refuse_to_wait(work, device, stream)
+        torch.cuda.synchronize(device)
+        # Not torch.cuda.graph: when a capture fails it leaves its stream the current one.
+        with torch.cuda.stream(stream):
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")  # other threads may go on meanwhile
+            try:
+                result = work()
+            finally:
+                graph.capture_end()
     return result, graph.replay
 
 
+def _refuse_to_wait(work: Work, device: torch.device, stream: "torch.cuda.Stream") -> None:
+    """Do the work on ``stream`` and raise RuntimeError if it waits for the device anywhere. What libraries keep for a stream is
+    made here and not in a graph's memory."""
+    before = torch.cuda.get_sync_debug_mode()
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(stream):
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")  # "error" would be one in other threads, too
+        try:
+            work()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    if any(WAITED in str(each.message) for each in caught):
+        raise RuntimeError("a step of it waits for the GPU")
+
+
 @functools.cache
-def _pool(device: torch.device) -> tuple[int, int]:
-    """The memory of all graphs of a device: they are replayed one after the other, and what they leave is copied at once."""
-    return torch.cuda.graph_pool_handle()
+def _lane(device: torch.device) -> tuple[tuple[int, int], "torch.cuda.Stream"]:
+    """The memory and the stream of all captures of a device: graphs are replayed one after the other, and what they leave is
+    copied at once, so they can share them."""
+    return torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)

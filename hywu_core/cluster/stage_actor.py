@@ -26,6 +26,8 @@ from .direct import Handed
 from .part import Part, load_share
 from .wire import Parcel, opened, parcel
 
+FEW_TOKENS = 4  # of a thought, which do not wait behind whole pictures: one, and those that it forces
+
 
 @dataclass(frozen=True, eq=False)
 class Shard:
@@ -92,7 +94,7 @@ class StageActor(Part):
         Raises: ClusterError for a request that is not open here: this process is younger than it; if the stage before has died
             with what it handed out.
         """
-        return self.work(self._pass, request, hidden, aside, directly, urgent=hidden[1][1] == 1)
+        return self.work(self._pass, request, hidden, aside, directly, urgent=hidden[1][1] <= FEW_TOKENS)
 
     def _pass(self, request: str | None, hidden: Parcel | Handed, aside: dict[str, Any], directly: bool) -> Parcel | Handed:
         found = None if request is None else self._requests.get(request)

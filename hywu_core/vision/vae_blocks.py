@@ -26,7 +26,8 @@ class Conv3(nn.Conv3d):
         b, c, t, h, w = x.shape
         reach = self.reach()
         if reach is None:
-            return self.bias[:, None, None, None].expand(b, -1, t, h, w).contiguous()
+            # Never the bias itself, which contiguous() would give for a single cell: callers add in place.
+            return self.bias[:, None, None, None].expand(b, -1, t, h, w).clone(memory_format=torch.contiguous_format)
         if reach == (0, 0, 0):
             weight = self.weight[:, :, 1, 1, 1].expand(b, -1, -1)
             return torch.baddbmm(self.bias[:, None], weight, x.flatten(2)).unflatten(2, (t, h, w))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from comfyui_hywu.benchmarks.compiled import FP8
 
 pytest.importorskip("triton", reason="Triton is not installed: its kernels are not compiled")
 TARGETS = (80, 90, 120)
@@ -24,6 +25,7 @@ def test_every_kernel_fits_into_every_gpu(tmp_path):
     rows = json.loads(figures.read_text())
     assert {row["target"] for row in rows} == set(TARGETS) and {row["dtype"] for row in rows} == {"bf16", "fp32"}
     assert {row["kernel"] for row in rows} == {"_grouped_gemm", "_swiglu_lora", "_up_and_gate", "_down", "_part", "_whole"}
+    assert {row["target"] for row in rows if row["what"] == FP8} == {90, 120}
     for row in rows:
         assert row["spilled"] <= 128, row
         if row["dtype"] == "bf16":

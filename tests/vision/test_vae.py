@@ -90,7 +90,15 @@ def test_a_residual_branch_that_ends_in_zeros_is_not_computed(channels, bias, mo
     want = bias + (F.conv3d(x, block.nin_shortcut.weight, block.nin_shortcut.bias) if channels != 32 else x)
     monkeypatch.setattr(block.conv1, "forward", None)
     torch.testing.assert_close(block(x), want)
-    assert block(x) is not x or bias == 0.0
+
+
+@torch.no_grad()
+def test_the_bias_of_a_convolution_without_weights_stays_as_it_is():
+    block, x = Upsample(8, 4, temporal=False).requires_grad_(False), randn(1, 8, 1, 1, 1)
+    block.conv.weight.zero_()
+    before = block.conv.bias.clone()
+    first = block(x)
+    assert torch.equal(block(x), first) and torch.equal(block.conv.bias, before)
 
 
 def test_the_bundled_vae_costs_little_and_says_the_same(monkeypatch):
