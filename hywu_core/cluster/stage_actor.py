@@ -116,8 +116,8 @@ class StageActor(Part):
         if cache is not None:
             cache.reserve(int(aside["length"]))
         x_BLD = self._stage.run(x_BLD, (cos_LQ, sin_LQ), mask, cache, positions_L, lambda layer: None)
-        # A single token is a few kilobytes, which travel with Ray's own messages.
-        return direct.hand(x_BLD, str(self._identity)) if directly and x_BLD.shape[1] > 1 else parcel(x_BLD)
+        # A few tokens are some kilobytes, which travel with Ray's own messages.
+        return direct.hand(x_BLD, str(self._identity)) if directly and x_BLD.shape[1] > FEW_TOKENS else parcel(x_BLD)
 
     def close(self, request: str) -> Parcel:
         """Give back what the request holds; returns (layers, E) int64, how many tokens went to each expert. Closing what is not
