@@ -18,7 +18,6 @@ from ..hywu_core import think as thinking_module
 from ..hywu_core.backbone import inputs
 from ..hywu_core.backbone.adapted import AdaptedLinear, Experts
 from ..hywu_core.backbone.layer import DecoderLayer
-from ..hywu_core.backbone.mask import attention_mask
 from ..hywu_core.backbone.model import Backbone, build_backbone
 from ..hywu_core.config import BackboneConfig
 from ..hywu_core.generator.model import ParameterGenerator
@@ -119,16 +118,8 @@ class LoopContinuation(Continuation):
 
     @torch.no_grad()
     def __call__(self, tokens: list[int]) -> torch.Tensor:
-        backbone = self._backbone
-        if not tokens:
-            hidden_BLD = inputs.embed(backbone, self._sequence, self._pictures)
-            rope, mask = inputs.rope_table(backbone, self._sequence), inputs.mask(backbone, self._sequence)
-        else:
-            position_L = torch.arange(self._length, self._length + len(tokens))
-            self._length += len(tokens)
-            mask = None if len(tokens) == 1 else attention_mask(self._length, [], position_L)
-            hidden_BLD, rope = backbone.embed(torch.tensor([tokens])), inputs.text_rope(backbone, position_L)
-        return backbone.logits(backbone.run(hidden_BLD, rope, mask, self._caches))[:, -1]
+        hidden_BLD, rope, mask, _ = self._given(tokens)
+        return self._backbone.logits(self._backbone.run(hidden_BLD, rope, mask, self._caches))[:, -1]
 
 
 @contextmanager

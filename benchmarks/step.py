@@ -12,7 +12,6 @@ are aten operators on a CPU, launches and copies on a GPU. With one thread on a 
 import argparse
 import itertools
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from datetime import date
@@ -27,7 +26,7 @@ from ..hywu_core.backbone.mask import CanvasSight, attention_mask
 from ..hywu_core.backbone.model import Backbone
 from ..hywu_core.backbone.pictures import posterior_noise
 from ..hywu_core.backbone.rope import positions, table
-from ..hywu_core.backbone.token_graph import WAITED
+from ..hywu_core.backbone.token_graph import waits
 from ..hywu_core.condition import encode, encode_pictures, fit_pictures
 from ..hywu_core.config import BackboneConfig
 from ..hywu_core.edit import decode
@@ -179,14 +178,7 @@ def launches(run: Callable, device: torch.device) -> tuple[int, int | str]:
         run()
         torch.cuda.synchronize()
     kernels = sum(event.count for event in profile.key_averages() if event.device_type == torch.autograd.DeviceType.CUDA)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            run()
-        finally:
-            torch.cuda.set_sync_debug_mode(0)
-    return kernels, sum(WAITED in str(each.message) for each in caught)
+    return kernels, waits(run)
 
 
 @torch.no_grad()

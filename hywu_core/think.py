@@ -13,6 +13,7 @@ from PIL import Image
 from .backbone import inputs
 from .backbone.mask import attention_mask
 from .backbone.pictures import EncodedPicture, posterior_noise
+from .backbone.stage import Rope
 from .condition import encode_pictures, fit_pictures
 from .elsewhere import done_where_the_model_is
 from .errors import PromptError
@@ -95,16 +96,19 @@ class Continuation:
     @torch.no_grad()
     def __call__(self, tokens: Many[int]) -> torch.Tensor:
         """Raw scores (1, V), fp32, of what follows ``tokens`` (none: of what follows the prompt)."""
+        watched = {} if tokens else {"on_layer": self._on_layer}
+        hidden_BLD, rope, mask, positions_L = self._given(tokens)
+        hidden_BLD = self._backbone.run(hidden_BLD, rope, mask, self._caches, positions_L, **watched)
+        return self._backbone.logits(hidden_BLD[:, -1:])[:, 0]
+
+    def _given(self, tokens: Many[int]) -> tuple[torch.Tensor, Rope, torch.Tensor | None, torch.Tensor | None]:
+        """Embeddings (1, L, D), rotations, mask and positions of the prompt, or of ``tokens`` behind all that came before."""
         backbone = self._backbone
         if not tokens:
-            hidden_BLD = backbone.run(
-                inputs.embed(backbone, self._sequence, self._pictures), inputs.rope_table(backbone, self._sequence),
-                inputs.mask(backbone, self._sequence), self._caches, on_layer=self._on_layer)
-        else:
-            position_L = torch.arange(self._length, self._length + len(tokens))
-            self._length += len(tokens)
-            # A single token sees everything before it.
-            mask = None if len(tokens) == 1 else attention_mask(self._length, [], position_L).to(backbone.device)
-            hidden_BLD = backbone.run(
-                backbone.embed(torch.tensor([tokens])), inputs.text_rope(backbone, position_L), mask, self._caches, position_L)
-        return backbone.logits(hidden_BLD[:, -1:])[:, 0]
+            return (inputs.embed(backbone, self._sequence, self._pictures), inputs.rope_table(backbone, self._sequence),
+                    inputs.mask(backbone, self._sequence), None)
+        positions_L = torch.arange(self._length, self._length + len(tokens))
+        self._length += len(tokens)
+        # A single token sees everything before it.
+        mask = None if len(tokens) == 1 else attention_mask(self._length, [], positions_L).to(backbone.device)
+        return backbone.embed(torch.tensor([tokens])), inputs.text_rope(backbone, positions_L), mask, positions_L

@@ -5,7 +5,6 @@ Owns the choice of ``few_tokens_triton.py``; elsewhere ``experts.py`` does them 
 """
 
 import functools
-import importlib
 import logging
 from collections.abc import Callable
 
@@ -16,8 +15,6 @@ from .choice import triton_or
 log = logging.getLogger("hywu")
 # Every pair of a token and an expert reads its expert again.
 FEW = 2
-
-
 Scales = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -46,8 +43,6 @@ def chosen(device: torch.device, dtype: torch.dtype) -> Callable[..., torch.Tens
 @functools.cache
 def reads_fp8(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether the kernel of this device takes weights in e4m3 (SM89 and newer)."""
-    if chosen(device, dtype) is None:
-        return False
-    works = importlib.import_module(".few_tokens_triton", __package__).works_in_fp8(device, dtype)
-    log.info("HY-WU: fp8 experts of a single token on %s %s", device, "are read as they are" if works else "are unpacked")
-    return works
+    function, _ = triton_or(None, "", "few_tokens_triton", device, dtype, works="works_in_fp8")
+    log.info("HY-WU: fp8 experts of a single token on %s %s", device, "are read as they are" if function else "are unpacked")
+    return function is not None

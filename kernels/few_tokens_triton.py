@@ -66,19 +66,10 @@ def _up_and_gate(
     rows = (tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
     wanted = rows < inner
     expert = tl.load(experts + pair).to(tl.int64)
-    weight += expert * weight_expert
-    up, gate = tl.zeros((BLOCK_ROWS,), tl.float32), tl.zeros((BLOCK_ROWS,), tl.float32)
-    for begin in range(0, width, BLOCK_I):
-        columns = begin + tl.arange(0, BLOCK_I)
-        inside = columns < width
-        mask = wanted[:, None] & inside[None]
-        x_I = tl.load(x + pair // TOP_K * x_row + columns, mask=inside, other=0.0).to(tl.float32)
-        at = weight + rows[:, None] * weight_row + columns[None]
-        up += tl.sum(tl.load(at, mask=mask, other=0.0).to(tl.float32) * x_I[None], 1)
-        gate += tl.sum(tl.load(at + inner * weight_row, mask=mask, other=0.0).to(tl.float32) * x_I[None], 1)
-    if SCALED:
-        up *= tl.load(scales + expert * scale_expert + rows, mask=wanted, other=0.0)
-        gate *= tl.load(scales + expert * scale_expert + inner + rows, mask=wanted, other=0.0)
+    mine, scale, x_I = weight + expert * weight_expert, scales + expert * scale_expert, x + pair // TOP_K * x_row
+    up = _products(mine, weight_row, scale, rows, wanted, x_I, width, SCALED, BLOCK_ROWS, BLOCK_I)
+    gate = _products(
+        mine + inner * weight_row, weight_row, scale + inner, rows, wanted, x_I, width, SCALED, BLOCK_ROWS, BLOCK_I)
     tl.store(h + pair * inner + rows, (up * gate * tl.sigmoid(gate)).to(h.dtype.element_ty), mask=wanted)
 
 
@@ -94,15 +85,24 @@ def _down(
     for choice in range(TOP_K):
         pair = token * TOP_K + choice
         expert = tl.load(experts + pair).to(tl.int64)
-        mine = weight + expert * weight_expert
-        y_R = tl.zeros((BLOCK_ROWS,), tl.float32)
-        for begin in range(0, inner, BLOCK_I):
-            columns = begin + tl.arange(0, BLOCK_I)
-            inside = columns < inner
-            h_I = tl.load(h + pair * inner + columns, mask=inside, other=0.0).to(tl.float32)
-            at = mine + rows[:, None] * weight_row + columns[None]
-            y_R += tl.sum(tl.load(at, mask=wanted[:, None] & inside[None], other=0.0).to(tl.float32) * h_I[None], 1)
-        if SCALED:
-            y_R *= tl.load(scales + expert * scale_expert + rows, mask=wanted, other=0.0)
-        total += tl.load(shares + pair).to(tl.float32) * y_R
+        total += tl.load(shares + pair).to(tl.float32) * _products(
+            weight + expert * weight_expert, weight_row, scales + expert * scale_expert, rows, wanted, h + pair * inner, inner,
+            SCALED, BLOCK_ROWS, BLOCK_I)
     tl.store(y + token * width + rows, total.to(y.dtype.element_ty), mask=wanted)
+
+
+@triton.jit
+def _products(
+    matrix, stride, scales, rows, wanted, vector, length, SCALED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_I: tl.constexpr,
+):
+    """Of some rows of an expert's matrix with a vector, fp32."""
+    total = tl.zeros((BLOCK_ROWS,), tl.float32)
+    for begin in range(0, length, BLOCK_I):
+        columns = begin + tl.arange(0, BLOCK_I)
+        inside = columns < length
+        values = tl.load(vector + columns, mask=inside, other=0.0).to(tl.float32)
+        at = matrix + rows[:, None] * stride + columns[None]
+        total += tl.sum(tl.load(at, mask=wanted[:, None] & inside[None], other=0.0).to(tl.float32) * values[None], 1)
+    if SCALED:
+        total *= tl.load(scales + rows, mask=wanted, other=0.0)
+    return total

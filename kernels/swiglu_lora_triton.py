@@ -5,10 +5,7 @@ import triton
 import triton.language as tl
 
 from .reference import Adapter
-from .tiles import attempt, expert_of_tile
-
-# Pairs, and columns, of a step, by the bytes of a value: more of fp32 would take more shared memory than consumer cards have.
-BLOCKS = {2: 64, 4: 32}
+from .tiles import SIDES, attempt, expert_of_tile
 
 
 def kernel(
@@ -19,7 +16,7 @@ def kernel(
     if not pairs:
         return out_PH
     # tl.dot wants at least 16 along every side.
-    ranks, block = max(16, triton.next_power_of_2(rank)), BLOCKS[first_PG.itemsize]
+    ranks, block = max(16, triton.next_power_of_2(rank)), SIDES[first_PG.itemsize]
     with torch.cuda.device_of(first_PG):
         _swiglu_lora[(triton.cdiv(pairs, block) + min(experts, pairs),)](
             first_PG, up.b, gate.b, down.a, ends_E, out_PH, inner, rank, first_PG.stride(0), out_PH.stride(0), up.b.stride(0),

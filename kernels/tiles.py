@@ -1,4 +1,4 @@
-"""What the Triton kernels that walk over pairs sorted by expert share: whose rows a tile holds, and trying a kernel out."""
+"""What the Triton kernels share: how large a tile is, whose rows it holds where pairs are sorted by expert, trying one out."""
 
 from collections.abc import Callable
 from subprocess import SubprocessError
@@ -7,6 +7,9 @@ import torch
 import triton
 import triton.language as tl
 from triton.errors import TritonError
+
+# The side of a tile, by the bytes of a value: more of fp32 would take more shared memory than consumer cards have.
+SIDES = {2: 64, 4: 32}
 
 
 def attempt(kernel: Callable[..., torch.Tensor], *arguments) -> torch.Tensor | None:

@@ -8,11 +8,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .tiles import attempt
+from .tiles import SIDES, attempt
 
 PARTS = 16  # of the keys of a head: 8 heads of keys in 16 parts are a program for each core of a large GPU
-# Keys at once, by the bytes of a value: more of fp32 would take more shared memory than consumer cards have.
-BLOCKS = {2: 64, 4: 32}
 
 
 def kernel(q_BHLQ: torch.Tensor, k_BHCQ: torch.Tensor, v_BHCQ: torch.Tensor, last_L: torch.Tensor) -> torch.Tensor:
@@ -28,7 +26,7 @@ def kernel(q_BHLQ: torch.Tensor, k_BHCQ: torch.Tensor, v_BHCQ: torch.Tensor, las
             q_BHLQ, k_BHCQ, v_BHCQ, last_L, value_NPQ, most_NP, sum_NP, kv_heads, group, head_dim, head_dim**-0.5,
             q_BHLQ.stride(0), q_BHLQ.stride(1), k_BHCQ.stride(0), k_BHCQ.stride(1), k_BHCQ.stride(2), v_BHCQ.stride(0),
             v_BHCQ.stride(1), v_BHCQ.stride(2), GROUP=max(16, triton.next_power_of_2(group)), WIDTH=width,
-            BLOCK_C=BLOCKS[k_BHCQ.itemsize], PARTS=PARTS)
+            BLOCK_C=SIDES[k_BHCQ.itemsize], PARTS=PARTS)
         _whole[(rows * heads,)](value_NPQ, most_NP, sum_NP, out, head_dim, WIDTH=width, PARTS=PARTS)
     return out
 

@@ -32,11 +32,7 @@ class Stage:
         self.present: Callable[[int, int], AbstractContextManager] = lambda index, tokens: nullcontext()
         self.rest: Callable[[], None] = lambda: None
         self.resident = True
-        self._graphs = TokenGraphs(self.layers)
-
-    def forget_graphs(self) -> None:
-        """Memory that graphs of single tokens may use is given back."""
-        self._graphs.clear()
+        self.graphs = TokenGraphs(self.layers)
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +65,7 @@ class Stage:
         positions_L = None if positions_L is None else positions_L.to(device)
         tokens, queued = hidden_BLD.shape[0] * hidden_BLD.shape[1], deque()
         if tokens == 1 and self.resident and mask is None and cache is not None:
-            after_BLD = self._graphs.run(hidden_BLD, rope, cache, positions_L, self.present)
+            after_BLD = self.graphs.run(hidden_BLD, rope, cache, positions_L, self.present)
             if after_BLD is not None:
                 for index in range(len(self.layers)):
                     on_layer(self.first + index)

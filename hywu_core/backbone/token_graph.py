@@ -25,7 +25,6 @@ Work = Callable[[], torch.Tensor]
 Present = Callable[[int, int], AbstractContextManager]
 # What a replay may differ from the same step without a graph, as a part of its norm: libraries may choose other kernels.
 TOLERANCE = 0.02
-WAITED = "called a synchronizing CUDA operation"  # torch's warning
 
 
 class TokenGraphs:
@@ -157,17 +156,23 @@ def recorded(work: Work, device: torch.device) -> tuple[torch.Tensor, Callable[[
 def _refuse_to_wait(work: Work, device: torch.device, stream: "torch.cuda.Stream") -> None:
     """Do the work on ``stream`` and raise RuntimeError if it waits for the device anywhere. What libraries keep for a stream is
     made here and not in a graph's memory."""
-    before = torch.cuda.get_sync_debug_mode()
     stream.wait_stream(torch.cuda.current_stream(device))
-    with warnings.catch_warnings(record=True) as caught, torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):
+        if waits(work):
+            raise RuntimeError("a step of it waits for the GPU")
+
+
+def waits(work: Callable[[], object]) -> int:
+    """How often ``work``, which is done, waits for the current GPU."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")  # "error" would be one in other threads, too
         try:
             work()
         finally:
             torch.cuda.set_sync_debug_mode(before)
-    if any(WAITED in str(each.message) for each in caught):
-        raise RuntimeError("a step of it waits for the GPU")
+    return sum("called a synchronizing CUDA operation" in str(each.message) for each in caught)
 
 
 @functools.cache

@@ -132,7 +132,7 @@ class Placed:
     def release(self) -> None:
         """Give back what the layers hold, on devices and in RAM, and keep all else in RAM; a load that was begun, whole."""
         released = Stage(self.backbone.model.layers, 0)
-        released.present, released.resident = _refuse_to_run, False
+        released.present = _refuse_to_run
         if self._loading is not None:
             put_back(self._loading.before)  # or half-read memory would count as loaded next time
             self.backbone.stages = (*self.backbone.stages, *self._loading.stages)
@@ -140,7 +140,7 @@ class Placed:
         for stage in self.backbone.stages:
             stage.rest()
             # What streams into a stage refers to it: without this the memory would wait for the garbage collector.
-            stage.present, stage.rest, stage.resident = released.present, released.rest, False
+            stage.present, stage.rest = released.present, released.rest
         for _, module in self.backbone.adapted_modules():
             module.leave()
         for tensor in (*self.backbone.parameters(), *self.backbone.buffers()):

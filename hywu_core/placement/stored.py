@@ -87,6 +87,14 @@ class InMemory:
         return found
 
 
+    def picked(self, path: str, number_N: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As ``experts``, where only the slab's device knows the numbers: name -> (N, ...) there."""
+        # As bytes, where a value is one: torch does not pick from a tensor of every such type.
+        return {name: stack.index_select(0, number_N) if stack.itemsize > 1
+                else stack.view(torch.uint8).index_select(0, number_N).view(stack.dtype)
+                for name, stack in self.views[path].items()}
+
+
 class OnDisk:
     """A layer that is read from the checkpoint's files whenever it is needed; the operating system keeps what it can.
 

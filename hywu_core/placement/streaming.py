@@ -61,9 +61,10 @@ class Streaming:
         self._ring = self._compute = None
         if ring is not None:
             ring.close()
-        if held:
-            self._stage.forget_graphs()
-        if held and self._stage.device.type == "cuda":
+        if not held:
+            return
+        self._stage.graphs.clear()
+        if self._stage.device.type == "cuda":
             # Buffers of gigabytes: left in torch's cache, small tensors would split them and the next ring find no room.
             torch.cuda.empty_cache()
 
@@ -148,16 +149,9 @@ def _chosen_here(
     if len(x_TD) > 1:
         return _chosen(path, module, streamed, x_TD, expert_TK, weight_TK)
     # A token's experts are all different, so each gets a place of its own.
-    stored = {name: _rows(stack, expert_TK[0]) for name, stack in views.items()}
+    stored = streamed.stored.picked(path, expert_TK[0])
     place_TK = torch.arange(expert_TK.shape[1], device=x_TD.device)[None]
     return _unpacked(path, module, streamed, stored, x_TD, place_TK, weight_TK)
-
-
-def _rows(stack: torch.Tensor, number_N: torch.Tensor) -> torch.Tensor:
-    """``stack[number_N]``, of types too that torch moves only as bytes."""
-    if stack.itemsize > 1:
-        return stack.index_select(0, number_N)
-    return stack.view(torch.uint8).index_select(0, number_N).view(stack.dtype)
 
 
 def _unpacked(
@@ -165,10 +159,9 @@ def _unpacked(
     place_TK: torch.Tensor, weight_TK: torch.Tensor,
 ) -> torch.Tensor:
     """The work of the experts whose ``stored`` tensors these are; ``place_TK`` says where each choice is among them."""
-    weights = {}
+    weights, count = {}, len(next(iter(stored.values())))
     for name in module.ROOMS:
         weight = getattr(module, name)
-        count = len(stored[name] if name in stored else stored[f"{name}.weight"])
         weights[name] = torch.empty((count, *weight.shape[1:]), dtype=weight.dtype, device=x_TD.device)
         unpack_weight(streamed.stored.layout, stored, path, name, weights[name])
     return fused.expert_mlp(x_TD, weights["gate_and_up_proj"], weights["down_proj"], place_TK, weight_TK)

@@ -23,7 +23,7 @@ LENGTH, PROMPT = 12, 5
 def backbone(tiny_model, monkeypatch):
     """The tiny model on one stage whose graphs are new."""
     (stage,) = tiny_model.backbone.stages
-    monkeypatch.setattr(stage, "_graphs", token_graph.TokenGraphs(stage.layers))
+    monkeypatch.setattr(stage, "graphs", token_graph.TokenGraphs(stage.layers))
     monkeypatch.setattr(stage, "resident", True)
     return tiny_model.backbone
 
@@ -178,7 +178,7 @@ def test_a_cache_that_grows_keeps_no_old_buffers_for_its_graph(backbone, capture
     token = torch.zeros(1, 1, backbone.config.hidden_size)
     backbone.run(token, rope, None, [cache], torch.tensor([0]))
     # The stand-in for a graph keeps all that it saw: this one does not.
-    backbone.stages[0]._graphs._graphs[cache]._replay = None
+    backbone.stages[0].graphs._graphs[cache]._replay = None
     old = weakref.ref(cache._keys[0])
     whole = cache.whole()
     assert cache.shares(whole) and old() is not None
